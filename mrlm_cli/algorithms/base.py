@@ -1,0 +1,55 @@
+"""What an algorithm is: which episodes to keep, how they are credited, what the loss of a micro-batch is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mrlm_cli.metrics import Sums
+from mrlm_cli.records import Batch, PolicyOut, Progress
+from mrlm_cli.strict import Strict
+
+if TYPE_CHECKING:
+    import torch
+
+
+class AlgorithmSettings(Strict):
+    """The settings that every algorithm has."""
+
+    type: str
+    """Name of the algorithm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the loop must provide to an algorithm."""
+
+    values: bool  # a value function, and its values before the first update
+    reference: bool  # log-probs of the policy as loaded
+
+
+class Algorithm(Protocol):
+    """One instance a run. Every method sees the same on every rank."""
+
+    needs: Needs
+    bootstrap: bool  # truncated episodes are continued with V(tokens[:length]) instead of being scored as they stand
+
+    def __init__(self, config: Any) -> None: ...
+
+    def credit(self, batch: Batch, progress: Progress) -> tuple[Batch, Sums]:
+        """Advantages, returns, weights and mass of the whole step's batch, on annotated log-probs and values."""
+
+    def loss(self, out: PolicyOut, batch: Batch, progress: Progress) -> tuple[dict[str, torch.Tensor], Sums]:
+        """SUMS over this micro-batch, undivided: `mass` will be divided by Σ mass, `tokens` by Σ chosen tokens."""
+
+    def value_only(self, progress: Progress) -> bool:
+        """True while only the value function is trained (value pretraining): no gradient may reach the policy."""
+
+    def stop(self, metrics: dict[str, float]) -> bool:
+        """After an optimizer step, with its metrics: True ends this iteration's update."""
+
+    def state(self) -> dict[str, Any]:
+        """What must survive a resume, JSON-able."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""

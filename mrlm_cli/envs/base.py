@@ -1,0 +1,86 @@
+"""What an environment is: tasks by split and index, and sessions in message space.
+
+    class Echo(Environment):
+        components = ("exact",)
+        class Config(EnvironmentSettings): ...
+        def size(self, split): ...
+        def task(self, split, index): ...
+        def open(self, task, seed): ...           # -> Session
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Protocol
+
+from pydantic import Field
+
+from mrlm_cli.records import Reply, Split, Task, Turn
+from mrlm_cli.strict import Strict
+
+
+class EnvironmentSettings(Strict):
+    """The settings that every environment has."""
+
+    type: str
+    """Name of the environment: a built-in one, an entry point, or ./file.py:Class."""
+    name: str | None = None
+    """Name in metrics and episodes; by default the type. Two environments of a recipe need two names."""
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Share of the tasks of a step, against the other environments' weights."""
+    rewards: dict[str, float] = {}
+    """Weight of each declared reward component in the training reward; what is not named keeps its default."""
+
+    @property
+    def label(self) -> str:
+        """The name under which the environment appears: `name`, or the class name of a file's environment, or the type."""
+        return self.name or self.type.rpartition(":")[2]
+
+
+class Session(Protocol):
+    """One episode, used once."""
+
+    def start(self) -> Turn:
+        """What the first agent sees."""
+
+    def step(self, reply: Reply) -> Turn:
+        """What follows the reply of the agent whose turn it was."""
+
+    def close(self) -> None:
+        """Called once, also after a failure."""
+
+
+class Environment:
+    """Base class of environments. Instances are cheap, pure and hold only their settings.
+
+    `components` maps the reward components to their default weights in the training reward; `exact` (1 for a fully
+    right answer, else 0) is the headline of evaluations and by custom has weight 0 there unless it is the reward.
+    `audited` is True only for the built-in environments: they run in the trainer's process, all others in worker
+    processes with a deadline.
+    """
+
+    class Config(EnvironmentSettings):
+        """No further settings."""
+
+    components: ClassVar[dict[str, float]] = {}
+    agents: ClassVar[tuple[str, ...]] = ("policy",)
+    audited: ClassVar[bool] = False
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def size(self, split: Split) -> int | None:
+        """Tasks in a split; None if there is no end to them."""
+        raise NotImplementedError
+
+    def task(self, split: Split, index: int) -> Task:
+        """The task; a pure function of its arguments and the settings. Splits are disjoint, also under symmetries."""
+        raise NotImplementedError
+
+    def open(self, task: Task, seed: int) -> Session:
+        """A new session of the task."""
+        raise NotImplementedError
+
+    @classmethod
+    def reward_weights(cls, config: EnvironmentSettings) -> dict[str, float]:
+        """Weight of every component: the declared defaults with the recipe's `rewards` over them."""
+        return {**cls.components, **config.rewards}

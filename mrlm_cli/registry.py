@@ -1,0 +1,123 @@
+"""The table of names. One place to grep: kind -> name -> "module:Class".
+
+A name is looked up in this table, then among installed entry points (group `mrlm.<kind>`), then taken literally as
+`package.module:Class` or `./file.py:Class` (looked up in the recipe's folder, then in the working directory).
+Importing a built-in class imports no torch; a plugin is imported only when a recipe names it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mrlm_cli.errors import UnknownName, UserError
+
+BUILT_IN: dict[str, dict[str, str]] = {
+    "environments": {
+        "sort_digits": "mrlm_cli.envs.sort_digits:SortDigits",
+        "arithmetic": "mrlm_cli.envs.arithmetic:Arithmetic",
+        "guess": "mrlm_cli.envs.guess:Guess",
+        "sentiment": "mrlm_cli.envs.sentiment:Sentiment",
+    },
+    "algorithms": {
+        "ppo": "mrlm_cli.algorithms.ppo:PPO",
+    },
+    "engines": {
+        "cached": "mrlm_cli.engines.cached.engine:CachedEngine",
+        "generate": "mrlm_cli.engines.generate:GenerateEngine",
+    },
+}
+
+
+@cache
+def _entry_points(kind: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for point in entry_points(group=f"mrlm.{kind}"):
+        for table in (BUILT_IN[kind], found):
+            if point.name in table and table[point.name] != point.value:
+                raise UserError(f"two {kind} are called {point.name!r}: {table[point.name]} and {point.value}")
+        found[point.name] = point.value
+    return found
+
+
+def names(kind: str) -> dict[str, str]:
+    """All names of a kind with their `module:Class`, built-in first."""
+    return {**BUILT_IN[kind], **_entry_points(kind)}
+
+
+def resolve(kind: str, name: str, folders: Sequence[Path] = ()) -> type[Any]:
+    """The class that `name` stands for.
+
+    `folders` are searched for `./file.py:Class`. Raises UnknownName with the nearest name, UserError if a plugin's
+    module or class cannot be imported.
+    """
+    table = names(kind)
+    if name in table:
+        target = table[name]
+    elif ":" in name:
+        target = name
+    else:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(table))}"
+        raise UnknownName(f"no {kind.removesuffix('s')} is called {name!r}; {hint}")
+    place, _, attribute = target.rpartition(":")
+    module = _load_file(plugin_file(place, folders)) if place.endswith(".py") else _import(place, name)
+    found = getattr(module, attribute, None)
+    if not isinstance(found, type):
+        raise UnknownName(f"{place} has no class {attribute!r}")
+    return found
+
+
+def plugin_file(place: str, folders: Sequence[Path]) -> Path:
+    """The file that `./my_env.py` means: in the first of `folders` that has it."""
+    for folder in folders:
+        path = (folder / place).resolve()
+        if path.is_file():
+            return path
+    looked = ", ".join(str(folder) for folder in folders) or "nowhere"
+    raise UnknownName(f"no file {place} (looked in {looked})")
+
+
+def plugin_hashes(kind_names: Sequence[str], folders: Sequence[Path]) -> dict[str, str]:
+    """sha256 of every plugin file among the given names, by path as written."""
+    places = {name.rpartition(":")[0] for name in kind_names if ":" in name}
+    return {
+        place: hashlib.sha256(plugin_file(place, folders).read_bytes()).hexdigest()
+        for place in sorted(places)
+        if place.endswith(".py")
+    }
+
+
+def _load_file(path: Path) -> ModuleType:
+    name = f"mrlm_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # a plugin may import its neighbours
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _import(place: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except ImportError as error:
+        raise UserError(f"{name}: {place} cannot be imported: {error}") from error
