@@ -1,0 +1,69 @@
+"""What a run tells its listeners: the dashboard, plain lines, files. Listeners change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mrlm_cli.records import Episode
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with its 95 % interval; the interval resamples tasks."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One evaluation. `components["exact"]` is the headline where the environment declares it."""
+
+    checkpoint: str
+    step: int
+    split: str
+    tasks: int  # tasks actually evaluated (failed ones are left out and counted)
+    failed: int
+    reward: Estimate
+    components: Mapping[str, Estimate]
+    pass_at: Mapping[int, float]  # {k: share of tasks with an exact answer among k episodes}; empty for one episode
+    length: float  # chosen tokens an episode
+    truncated: float  # share of episodes cut by a limit
+    seconds: float
+    environments: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)  # where there are several
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON-able form that `mrlm eval --json` prints."""
+        return asdict(self)
+
+
+class Listener:
+    """Override what you want to hear."""
+
+    def started(self, run: Path, recipe: Any, step: int, parameters: int) -> None:
+        """Training begins or goes on at `step`; `recipe` is a Recipe."""
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """What is being done now, and what is awaited: "rollout 128 of 512", "update 3 of 8"; total 0 if unknown."""
+
+    def stepped(self, step: int, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
+        """Update number `step` is done."""
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """A held-out evaluation is done."""
+
+    def saved(self, step: int, path: Path) -> None:
+        """A checkpoint is on disk."""
+
+    def warned(self, text: str) -> None:
+        """Something a person should know."""
+
+    def finished(self, step: int) -> None:
+        """The run came to its last step."""
+
+    def close(self) -> None:
+        """Give the terminal back; called once, also after an error."""
