@@ -1,4 +1,7 @@
-"""The base of every settings class: unknown keys are errors, values are frozen, numbers are finite and typed."""
+"""The base of every settings class: unknown keys are errors, values are frozen, numbers are finite and typed.
+
+And what the settings of every environment, algorithm and engine share, so that a recipe can hold them unseen.
+"""
 
 from typing import Annotated, Literal
 
@@ -18,5 +21,42 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
     )
+
+
+class EnvironmentSettings(Strict):
+    """The settings that every environment has."""
+
+    type: str
+    """Name of the environment: a built-in one, an entry point, or ./file.py:Class."""
+    name: str | None = None
+    """Name in metrics and episodes; by default the type. Two environments of a recipe need two names."""
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Share of the tasks of a step, against the other environments' weights."""
+    rewards: dict[str, float] = {}
+    """Weight of each declared reward component in the training reward; what is not named keeps its default."""
+
+    @property
+    def label(self) -> str:
+        """The name under which the environment appears: `name`, or a file's class name, or the type."""
+        return self.name or self.type.rpartition(":")[2]
+
+
+class AlgorithmSettings(Strict):
+    """The settings that every algorithm has."""
+
+    type: str
+    """Name of the algorithm."""
+
+
+class EngineSettings(Strict):
+    """The settings that every engine has."""
+
+    type: str = "cached"
+    """Name of the engine: cached, or the slow obvious generate."""

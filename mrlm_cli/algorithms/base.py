@@ -7,17 +7,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mrlm_cli.metrics import Sums
 from mrlm_cli.records import Batch, PolicyOut, Progress
-from mrlm_cli.strict import Strict
+from mrlm_cli.strict import AlgorithmSettings as AlgorithmSettings
 
 if TYPE_CHECKING:
     import torch
-
-
-class AlgorithmSettings(Strict):
-    """The settings that every algorithm has."""
-
-    type: str
-    """Name of the algorithm."""
 
 
 @dataclass(frozen=True, slots=True)

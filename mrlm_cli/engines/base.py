@@ -6,17 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mrlm_cli.records import Completion, Request
-from mrlm_cli.strict import Strict
+from mrlm_cli.strict import EngineSettings as EngineSettings
 
 if TYPE_CHECKING:
     import torch
-
-
-class EngineSettings(Strict):
-    """The settings that every engine has."""
-
-    type: str = "cached"
-    """Name of the engine: cached, or the slow obvious generate."""
 
 
 class Engine(Protocol):

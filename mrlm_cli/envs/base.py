@@ -1,39 +1,19 @@
 """What an environment is: tasks by split and index, and sessions in message space.
 
-    class Echo(Environment):
-        components = ("exact",)
-        class Config(EnvironmentSettings): ...
-        def size(self, split): ...
-        def task(self, split, index): ...
-        def open(self, task, seed): ...           # -> Session
+class Echo(Environment):
+    components = ("exact",)
+    class Config(EnvironmentSettings): ...
+    def size(self, split): ...
+    def task(self, split, index): ...
+    def open(self, task, seed): ...           # -> Session
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Protocol
-
-from pydantic import Field
+from typing import Any, ClassVar, Protocol
 
 from mrlm_cli.records import Reply, Split, Task, Turn
-from mrlm_cli.strict import Strict
-
-
-class EnvironmentSettings(Strict):
-    """The settings that every environment has."""
-
-    type: str
-    """Name of the environment: a built-in one, an entry point, or ./file.py:Class."""
-    name: str | None = None
-    """Name in metrics and episodes; by default the type. Two environments of a recipe need two names."""
-    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    """Share of the tasks of a step, against the other environments' weights."""
-    rewards: dict[str, float] = {}
-    """Weight of each declared reward component in the training reward; what is not named keeps its default."""
-
-    @property
-    def label(self) -> str:
-        """The name under which the environment appears: `name`, or the class name of a file's environment, or the type."""
-        return self.name or self.type.rpartition(":")[2]
+from mrlm_cli.strict import EnvironmentSettings as EnvironmentSettings
 
 
 class Session(Protocol):
