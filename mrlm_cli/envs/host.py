@@ -1,0 +1,236 @@
+"""Runs the sessions of all environments: built-in ones in this process, a user's in worker processes with deadlines.
+
+    with Host(settings, folders=folders, workers=2, deadline=30.0, journal=journal) as host:
+        task = host.environments["guess"].task("train", 0)
+        ticket = host.open([("session name", task, seed)])      # returns at once
+        turn = host.collect(ticket)["session name"]             # waits: a Turn or a SessionFailure
+        ticket = host.step([("session name", reply)])
+        host.close(["session name"])
+
+`task` and `size` of a user's environment are called in this process; only its sessions live in workers. Built-in
+sessions run inside `open` and `step`, with no deadline: they are audited to answer at once.
+
+A failure in a worker is decided by clocks, memory or a network, so it is written to the journal, and a replay of the
+same session and turn gives the journal's failure without asking the environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from mrlm_cli.envs.base import Environment, EnvironmentSettings, Session
+from mrlm_cli.envs.pool import Outcome, Worker
+from mrlm_cli.envs.wire import check_turn, describe_exception
+from mrlm_cli.errors import SessionFailure, UserError
+from mrlm_cli.records import Reply, Task
+from mrlm_cli.registry import resolve
+
+CHECK_SECONDS = 0.1  # between calls of `check` while a turn is awaited
+
+
+class Journal(Protocol):
+    """What clocks decided, so that a replay decides the same. A turn is counted by the session's replies before it."""
+
+    def recall(self, session: str, turn: int) -> str | None:
+        """The failure recorded for this turn, if there is one."""
+
+    def record(self, session: str, turn: int, failure: str) -> None:
+        """Keep a failure; it must be on disk, or lost together with everything that follows from it."""
+
+
+class NoJournal:
+    """For evaluations, which are never replayed."""
+
+    def recall(self, session: str, turn: int) -> str | None:
+        """Nothing is remembered."""
+        return None
+
+    def record(self, session: str, turn: int, failure: str) -> None:
+        """Nothing is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Awaited:
+    session: str
+    label: str
+    turn: int
+    outcome: Future[Outcome]
+    journalled: bool  # what it comes to must be written to the journal
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Turns on their way; give it to `collect` once."""
+
+    entries: tuple[_Awaited, ...]
+
+
+@dataclass(slots=True)
+class _Open:
+    label: str
+    turns: int
+    session: Session | None = None  # in this process
+    worker: Worker | None = None
+
+
+class Host:
+    """All sessions of a run. A context manager: leaving it ends the worker processes.
+
+    `workers` is the number of worker processes, started only if an environment is not built in; `deadline` is in
+    seconds for each answer; `check` is called now and then while `collect` waits, and may raise.
+    Raises UserError where two environments share a name, MissingExtra where a package is not installed.
+    """
+
+    def __init__(
+        self,
+        environments: Sequence[EnvironmentSettings],
+        *,
+        folders: Sequence[Path],
+        workers: int,
+        deadline: float,
+        journal: Journal,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.environments: dict[str, Environment] = {}
+        self._journal = journal
+        self._check = check
+        self._sessions: dict[str, _Open] = {}
+        self._awaited: _Awaited | None = None
+        self._opened = 0
+        outside: dict[str, EnvironmentSettings] = {}
+        for settings in environments:
+            label = settings.label
+            if label in self.environments:
+                raise UserError(f"two environments are called {label!r}; give one of them a name")
+            found = resolve("environments", settings.type, folders)
+            self.environments[label] = found(settings)
+            if not _in_process(found):
+                outside[label] = settings
+        self._outside = {label: self.environments[label] for label in outside}
+        self._workers = [Worker(i, outside, self._outside, folders, deadline) for i in range(workers if outside else 0)]
+
+    def open(self, opened: Sequence[tuple[str, Task, int]]) -> Ticket:
+        """Begin sessions (name, task, seed); names must be new. Raises ValueError for one that is not."""
+        return Ticket(tuple(self._begin(name, task, seed) for name, task, seed in opened))
+
+    def step(self, replies: Sequence[tuple[str, Reply]]) -> Ticket:
+        """Give a reply to each named session. Raises ValueError for a session that is not open or has failed."""
+        return Ticket(tuple(self._continue(name, reply) for name, reply in replies))
+
+    def collect(self, ticket: Ticket) -> dict[str, Outcome]:
+        """Wait for every turn of the ticket, in its order. A failed session stays to be closed."""
+        outcomes: dict[str, Outcome] = {}
+        for entry in ticket.entries:
+            outcome = outcomes[entry.session] = self._wait(entry)
+            if isinstance(outcome, SessionFailure):
+                self._sessions[entry.session].turns = -1
+                if entry.journalled:
+                    self._journal.record(entry.session, entry.turn, str(outcome))
+        return outcomes
+
+    def close(self, sessions: Iterable[str]) -> None:
+        """End sessions, whether done, failed or in the middle; unknown names are ignored."""
+        for name in sessions:
+            held = self._sessions.pop(name, None)
+            if held is not None and held.session is not None:
+                held.session.close()
+            if held is not None and held.worker is not None:
+                held.worker.close(name)
+
+    def waiting(self) -> str:
+        """Who is awaited, in words; empty if nobody is."""
+        awaited = self._awaited
+        return f"environment {awaited.label}, session {awaited.session}, turn {awaited.turn}" if awaited else ""
+
+    def shutdown(self) -> None:
+        """Close what is open and end the worker processes; a worker that is busy is killed."""
+        self.close(list(self._sessions))
+        for worker in self._workers:
+            worker.stop()
+        for worker in self._workers:
+            worker.join()
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _begin(self, name: str, task: Task, seed: int) -> _Awaited:
+        if name in self._sessions:
+            raise ValueError(f"session {name!r} is already open")
+        held = self._sessions[name] = _Open(task.env, 0)
+        if task.env in self._outside:
+            # The order of opening alone decides who runs what: clocks must not.
+            held.worker = self._workers[self._opened % len(self._workers)]
+            self._opened += 1
+            worker = held.worker
+            return self._ask(name, held, lambda: worker.open(name, task, seed))
+        environment = self.environments[task.env]
+
+        def begin() -> Future[Outcome]:
+            def start() -> Outcome:
+                held.session = environment.open(task, seed)
+                return check_turn(held.session.start(), environment)
+
+            return _now(start)
+
+        return self._ask(name, held, begin)
+
+    def _continue(self, name: str, reply: Reply) -> _Awaited:
+        held = self._sessions.get(name)
+        if held is None or held.turns < 0:
+            raise ValueError(f"session {name!r} is not open" if held is None else f"session {name!r} has failed")
+        held.turns += 1
+        if held.worker is not None:
+            worker = held.worker
+            return self._ask(name, held, lambda: worker.step(name, reply))
+        session, environment = held.session, self.environments[held.label]
+        if session is None:
+            raise ValueError(f"session {name!r} has not started")
+        return self._ask(name, held, lambda: _now(lambda: check_turn(session.step(reply), environment)))
+
+    def _ask(self, name: str, held: _Open, ask: Callable[[], Future[Outcome]]) -> _Awaited:
+        if held.worker is None:
+            return _Awaited(name, held.label, held.turns, ask(), journalled=False)
+        recalled = self._journal.recall(name, held.turns)
+        if recalled is None:
+            return _Awaited(name, held.label, held.turns, ask(), journalled=True)
+        known: Future[Outcome] = Future()
+        known.set_result(SessionFailure(recalled))
+        return _Awaited(name, held.label, held.turns, known, journalled=False)
+
+    def _wait(self, entry: _Awaited) -> Outcome:
+        self._awaited = entry
+        try:
+            while not wait([entry.outcome], timeout=CHECK_SECONDS).done:
+                self._check()
+            return entry.outcome.result()
+        finally:
+            self._awaited = None
+
+
+def _in_process(found: type[Environment]) -> bool:
+    # A user's subclass of a built-in environment inherits `audited`, but nobody audited it.
+    return found.audited and found.__module__.startswith("mrlm_cli.")
+
+
+def _now(ask: Callable[[], Outcome]) -> Future[Outcome]:
+    """Done at once. A built-in environment's bug fails its session as a user's would; a user's mistake propagates."""
+    outcome: Future[Outcome] = Future()
+    try:
+        outcome.set_result(ask())
+    except SessionFailure as failure:
+        outcome.set_result(failure)
+    except UserError:
+        raise
+    except Exception as error:
+        outcome.set_result(SessionFailure(describe_exception(error)))
+    return outcome
