@@ -1,0 +1,222 @@
+"""One function for each heavy command: joins training to report.
+
+Importing this module imports neither torch nor transformers; calling its functions does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mrlm_cli import registry
+from mrlm_cli.errors import CheckpointError, RunDirectoryError, UserError
+from mrlm_cli.events import Evaluation, Listener
+from mrlm_cli.recipe import compose
+from mrlm_cli.recipe.compose import Composed
+from mrlm_cli.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from mrlm_cli.training.rundir import RunDirectory
+
+RESUMABLE = ("steps", "evaluate", "checkpoint", "report")  # what a resume may change: nothing of the past depends on it
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), overlay: str | Path | None = None) -> Composed:
+    """Read, compose and validate a recipe. Raises RecipeError."""
+    return compose.load(recipe, overrides, overlay)
+
+
+def fetch(name: str, to: Path | None = None) -> Path:
+    """Bring a known pretrained model onto this machine; returns its directory."""
+    from mrlm_cli.policy.fetch import fetch as bring
+
+    return bring(name, to)
+
+
+def train(
+    composed: Composed, *, run_dir: Path | None = None, continue_run: bool = False, plain: bool = False
+) -> Path:
+    """Train a recipe in a new run directory, or go on with an identical one; returns the directory.
+
+    Raises UserError if the directory exists (or, with `continue_run`, holds another recipe), Interrupted after a
+    signal, NonFiniteError.
+    """
+    from mrlm_cli.training import machine
+    from mrlm_cli.training.rundir import RunDirectory
+    from mrlm_cli.training.stage import settled
+
+    path = run_dir or Path("runs") / composed.recipe.name
+    recipe = settled(composed.recipe)
+    recipe_yaml = compose.dump(recipe)
+    if path.exists() and continue_run:
+        if RunDirectory.open(path).recipe_yaml() != recipe_yaml:
+            raise UserError(f"{path} holds a run of another recipe; choose another with --run-dir or name=…")
+        return resume(path, (), plain=plain)
+    RunDirectory.refuse_existing(path)
+    origin = {
+        "origins": composed.origins,
+        "folders": [str(folder) for folder in composed.folders],
+        "plugins": registry.plugin_hashes(_plugin_names(recipe), composed.folders),
+    }
+
+    def create() -> None:
+        RunDirectory.create(path, recipe_yaml=recipe_yaml, origins=origin, machine=machine.describe())
+
+    _run(recipe, composed.folders, RunDirectory(path), create, plain, None)
+    return path
+
+
+def resume(run_dir: Path | None, overrides: Sequence[str] = (), *, plain: bool = False) -> Path:
+    """Go on with a run from its newest whole checkpoint; without a directory, with the newest run under ./runs.
+
+    Only `steps`, `evaluate`, `checkpoint` and `report` may be overridden. Returns the directory; a run that has come
+    to its end is left as it is.
+    """
+    from mrlm_cli.training.rundir import RunDirectory, latest_run
+
+    run = RunDirectory.open(run_dir if run_dir is not None else latest_run())
+    for override in overrides:
+        if override.partition("=")[0].partition(".")[0] not in RESUMABLE:
+            raise UserError(f"override {override}: a resume may change only {', '.join(RESUMABLE)}")
+    composed = compose.load(run.path / "recipe.yaml", overrides)
+    recipe_yaml = compose.dump(composed.recipe)
+    origin = json.loads((run.path / "origin.json").read_text(encoding="utf-8"))
+    folders = tuple(Path(folder) for folder in origin["folders"])
+
+    def record() -> None:
+        if overrides:
+            run.update_recipe(recipe_yaml, {**origin, "origins": {**origin["origins"], **_overridden(composed)}})
+
+    _run(composed.recipe, folders, run, record, plain, origin["plugins"])
+    return run.path
+
+
+def evaluate(
+    target: str, *, recipe: str | None = None, overrides: Sequence[str] = (), best: bool = False
+) -> Evaluation:
+    """Evaluate a run, a checkpoint or any model on the test split.
+
+    A run or a checkpoint brings its own recipe; a model directory or hub id needs one. Raises UserError, CheckpointError.
+    """
+    from mrlm_cli.envs.host import NoJournal
+    from mrlm_cli.recipe.sections import PretrainedModel
+    from mrlm_cli.training.evaluate import evaluate as judge
+    from mrlm_cli.training.stage import Stage, settled
+
+    checkpoint, path, folders = _target(target, best)
+    if recipe is not None:
+        composed = compose.load(recipe, overrides)
+        folders = composed.folders
+    elif checkpoint is not None:
+        composed = compose.load(checkpoint / "recipe.yaml", overrides)
+    else:
+        raise UserError(f"{target} brings no recipe; say which tasks with --recipe RECIPE")
+    loaded = composed.recipe
+    model = PretrainedModel(type="pretrained", path=path, chat=loaded.model.chat)
+    step = int(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]) if checkpoint else 0
+    settled_recipe = settled(loaded.model_copy(update={"model": model}))
+    with Stage(
+        settled_recipe, folders, journal=NoJournal(), check=lambda: None, phase=lambda name, done, total: None
+    ) as stage:
+        stage.engine.load(stage.policy.lm)
+        evaluation, _ = judge(
+            stage.rollout(bootstrap=False),
+            stage.environments,
+            loaded.evaluate,
+            split="test",
+            seed=loaded.seed,
+            step=step,
+            checkpoint=str(checkpoint or path),
+        )
+    return evaluation
+
+
+def _run(
+    recipe: Recipe,
+    folders: Sequence[Path],
+    run: RunDirectory,
+    enter: Callable[[], None],
+    plain: bool,
+    plugins: Mapping[str, str] | None,
+) -> None:
+    """Build, then `enter` the run directory (so that a failed build leaves none behind), then train.
+
+    `plugins` are the hashes recorded at the start of a run that is resumed; None for a new run.
+    """
+    from mrlm_cli.training import checkpoint, loop
+    from mrlm_cli.training.announce import Announcer
+    from mrlm_cli.training.stage import Stage
+    from mrlm_cli.training.stopping import Stopper
+    from mrlm_cli.training.trainer import Trainer
+
+    announce = Announcer(_listeners(plain))
+    with closing(announce), Stopper() as stopper:
+        with Stage(recipe, folders, journal=run.journal, check=stopper.check, phase=announce.phase) as stage:
+            trainer = Trainer(recipe, folders, stage, run, announce)
+            if plugins is None:
+                enter()
+            with run.lock():
+                if plugins is not None:
+                    checkpoint.sweep(run.checkpoints)
+                    newest = checkpoint.newest_whole(run.checkpoints, announce.warned)
+                    if newest is not None:
+                        trainer.load(newest)
+                    run.rewind(trainer.step)
+                    enter()
+                    for place in _changed(plugins, registry.plugin_hashes(_plugin_names(recipe), folders)):
+                        announce.warned(f"{place} has changed since the run began: what follows is inexact")
+                parameters = sum(parameter.numel() for parameter in trainer.policy.parameters())
+                announce.started(run.path, recipe, trainer.step, parameters)
+                loop.run(trainer, stopper)
+
+
+def _listeners(plain: bool) -> list[Listener]:
+    if plain or not sys.stdout.isatty():
+        from mrlm_cli.report.plain import PlainLines
+
+        return [PlainLines(sys.stdout)]
+    from rich.console import Console
+
+    from mrlm_cli.report.dashboard import Dashboard
+
+    return [Dashboard(Console())]
+
+
+def _plugin_names(recipe: Recipe) -> list[str]:
+    return [recipe.algorithm.type, recipe.engine.type, *(each.type for each in recipe.environments)]
+
+
+def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    return [place for place in sorted(before.keys() | now.keys()) if before.get(place) != now.get(place)]
+
+
+def _overridden(composed: Composed) -> dict[str, str]:
+    return {key: origin for key, origin in composed.origins.items() if origin.startswith("override")}
+
+
+def _target(target: str, best: bool) -> tuple[Path | None, str, tuple[Path, ...]]:
+    """(checkpoint directory or None, what the model loads from, plugin folders) of an evaluation's target."""
+    path = Path(target)
+    if (path / "checkpoints").is_dir():
+        chosen = path / "checkpoints" / ("best" if best else "latest")
+        if not chosen.exists():
+            raise CheckpointError(f"{path} has no {'best' if best else 'whole'} checkpoint yet")
+        path = chosen.resolve()
+    elif best:
+        raise UserError(f"--best picks among a run's checkpoints, and {target} is not a run directory")
+    if (path / "manifest.json").is_file():
+        from mrlm_cli.training import checkpoint
+
+        checkpoint.verify(path)
+        origin = path.parent.parent / "origin.json"
+        folders: tuple[Path, ...] = (Path.cwd(),)
+        if origin.is_file():
+            folders = tuple(Path(folder) for folder in json.loads(origin.read_text(encoding="utf-8"))["folders"])
+        return path, str(path / "policy"), folders
+    if (path / "recipe.yaml").is_file() and not (path / "config.json").is_file():
+        raise RunDirectoryError(f"{target} has no checkpoint yet")
+    return None, target, (Path.cwd(),)

@@ -1,0 +1,69 @@
+"""Episodes → a right-padded batch, and the ways a batch is cut up again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from mrlm_cli.records import Batch, Episode
+
+
+def collate(episodes: Sequence[Episode], device: str) -> Batch | None:
+    """A batch of the episodes that can be trained on: those that did not fail and hold a chosen token; None if none.
+
+    Weights are the mask and mass the number of chosen tokens, until an algorithm says otherwise.
+    """
+    rows = [(number, one) for number, one in enumerate(episodes) if one.stop != "failed" and one.chosen]
+    if not rows:
+        return None
+    longest = max(len(one.tokens) for _, one in rows)
+
+    def padded(lists: Iterable[Sequence[float]], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([list(items) + [0] * (longest - len(items)) for items in lists], dtype=dtype, device=device)
+
+    def column(items: Iterable[float], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(list(items), dtype=dtype, device=device)
+
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for row, (_, one) in enumerate(rows):
+        mask[row, one.chosen] = True
+    mask = mask.to(device)
+    groups = {name: number for number, name in enumerate(dict.fromkeys(one.group for _, one in rows))}
+    return Batch(
+        tokens=padded((one.tokens for _, one in rows), torch.int64),
+        lengths=column((len(one.tokens) for _, one in rows), torch.int64),
+        mask=mask,
+        score=mask,
+        logprobs=padded((one.logprobs for _, one in rows), torch.float32),
+        rewards=padded((one.rewards for _, one in rows), torch.float32),
+        weights=mask.float(),
+        mass=mask.sum(1).float(),
+        episode=column((number for number, _ in rows), torch.int64),
+        group=column((groups[one.group] for _, one in rows), torch.int64),
+        unit=column(range(len(rows)), torch.int64),
+        truncated=column((one.stop in ("length", "turns") for _, one in rows), torch.bool),
+        ended=column((one.stop != "length" for _, one in rows), torch.bool),
+    )
+
+
+def micro_batches(batch: Batch, budget: int) -> list[torch.Tensor]:
+    """Row indices cut into micro-batches of at most `budget` padded tokens, longest first, units kept whole.
+
+    A unit that is larger than the budget makes a micro-batch of its own. Sorting by length keeps padding small; ties
+    keep their order, so the cut is a function of lengths alone.
+    """
+    units: dict[int, list[int]] = {}
+    for row, unit in enumerate(batch.unit.tolist()):
+        units.setdefault(unit, []).append(row)
+    lengths = batch.lengths.tolist()
+    ordered = sorted(units.values(), key=lambda rows: -max(lengths[row] for row in rows))
+    cut: list[list[int]] = []
+    longest = 0
+    for rows in ordered:
+        if cut and (len(cut[-1]) + len(rows)) * longest <= budget:
+            cut[-1].extend(rows)
+        else:
+            cut.append(list(rows))
+            longest = max(lengths[row] for row in rows)
+    return [torch.tensor(rows, dtype=torch.int64, device=batch.lengths.device) for rows in cut]

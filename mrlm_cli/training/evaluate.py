@@ -1,0 +1,126 @@
+"""Held-out evaluation: each task once per requested episode, a mean and an interval that resamples tasks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from math import comb
+
+import numpy as np
+
+from mrlm_cli.draws import integer
+from mrlm_cli.envs.base import Environment
+from mrlm_cli.errors import MrlmError
+from mrlm_cli.events import Estimate, Evaluation
+from mrlm_cli.recipe.sections import Evaluate
+from mrlm_cli.records import Episode, Split
+from mrlm_cli.training.rollout import Draw, Rollout
+from mrlm_cli.training.source import held_out
+
+RESAMPLES = 2000
+
+
+def interval(by_task: Sequence[float], name: str, seed: int) -> Estimate:
+    """Mean over tasks with a 95 % percentile bootstrap interval over tasks; the resampling is keyed by name and seed.
+
+    Where `exact` is 0 or 1 on every task, resampling says nothing of the unseen: its bound is then the rule of three,
+    3/n (Hanley and Lippman-Hand 1983).
+    """
+    values = np.asarray(by_task, dtype=np.float64)
+    mean = float(values.mean())
+    if values.min() == values.max():
+        reach = 3 / len(values) if name == "exact" else 0.0
+        return Estimate(mean, max(0.0, mean - reach) if mean == 1 else mean, min(1.0, reach) if mean == 0 else mean)
+    generator = np.random.Generator(np.random.PCG64(integer(2**63, seed, "bootstrap", name)))
+    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Estimate(mean, float(low), float(high))
+
+
+def evaluate(
+    rollout: Rollout,
+    environments: Mapping[str, Environment],
+    settings: Evaluate,
+    *,
+    split: Split,
+    seed: int,
+    step: int,
+    checkpoint: str,
+) -> tuple[Evaluation, list[Episode]]:
+    """Evaluate the policy that the rollout's engine holds. Raises MrlmError if every episode failed.
+
+    Draws depend on the split, not on the step, so that two evaluations of a run differ by the policy alone.
+    """
+    begun = time.perf_counter()
+    tasks = held_out(environments, split, settings.tasks)
+    episodes = rollout.episodes(tasks, settings.episodes_per_task, Draw(seed, split, 0, step), settings.temperature)
+    good = [one for one in episodes if one.stop != "failed"]
+    if not good:
+        raise MrlmError(f"every held-out episode failed; the first: {episodes[0].failure}")
+    by_task: dict[str, list[Episode]] = {}
+    for one in good:
+        by_task.setdefault(f"{one.task.env}/{one.task.id}", []).append(one)
+    rewards = {task: _mean([sum(one.rewards) for one in ones]) for task, ones in by_task.items()}
+    components = _components(by_task, environments)
+    labels = list(environments)
+    separate = {
+        label: {
+            name: interval(values, name, seed)
+            for name, values in _components(
+                {task: ones for task, ones in by_task.items() if ones[0].task.env == label}, environments
+            ).items()
+        }
+        for label in (labels if len(labels) > 1 else [])
+    }
+    evaluation = Evaluation(
+        checkpoint=checkpoint,
+        step=step,
+        split=split,
+        tasks=len(by_task),
+        failed=len(episodes) - len(good),
+        reward=interval(list(rewards.values()), "reward", seed),
+        components={name: interval(values, name, seed) for name, values in components.items()},
+        pass_at=_pass_at(by_task, settings.episodes_per_task),
+        length=_mean([len(one.chosen) for one in good]),
+        truncated=_mean([one.stop in ("length", "turns") for one in good]),
+        seconds=time.perf_counter() - begun,
+        environments=separate,
+    )
+    return evaluation, episodes
+
+
+def component_sums(episode: Episode) -> dict[str, float]:
+    """Sum over turns of each unweighted component that the episode's agent received."""
+    sums: dict[str, float] = {}
+    for agent, _, component, value in episode.transcript.rewards:
+        if agent == episode.agent:
+            sums[component] = sums.get(component, 0.0) + value
+    return sums
+
+
+def _components(
+    by_task: Mapping[str, Sequence[Episode]], environments: Mapping[str, Environment]
+) -> dict[str, list[float]]:
+    """component → its mean for each task, over the tasks whose environment declares it; not given counts as 0."""
+    found: dict[str, list[float]] = {}
+    for ones in by_task.values():
+        sums = [component_sums(one) for one in ones]
+        for name in environments[ones[0].task.env].components:
+            found.setdefault(name, []).append(_mean([each.get(name, 0.0) for each in sums]))
+    return found
+
+
+def _pass_at(by_task: Mapping[str, Sequence[Episode]], wanted: int) -> dict[int, float]:
+    """Unbiased pass@k, 1 − C(n−c, k)/C(n, k), for k = 1, 2, 4 … n (Chen et al. 2021, "Evaluating large language
+    models trained on code"), over the tasks of which no episode failed."""
+    if wanted < 2:
+        return {}
+    counts = [sum(component_sums(one).get("exact", 0.0) >= 1 for one in ones) for ones in by_task.values() if len(ones) == wanted]
+    if not counts:
+        return {}
+    ks = sorted({1 << power for power in range(wanted.bit_length()) if 1 << power <= wanted} | {wanted})
+    return {k: _mean([1 - comb(wanted - right, k) / comb(wanted, k) for right in counts]) for k in ks}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

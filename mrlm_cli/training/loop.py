@@ -1,0 +1,114 @@
+"""The story: episodes, batch, credit, update, report, evaluation, checkpoint."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+
+from mrlm_cli.errors import Interrupted
+from mrlm_cli.metrics import Sums
+from mrlm_cli.records import Progress
+from mrlm_cli.training.annotate import annotate, unsound_rows
+from mrlm_cli.training.collate import collate
+from mrlm_cli.training.stopping import Stopper, StopRequested
+from mrlm_cli.training.summary import episode_metrics, stored
+from mrlm_cli.training.trainer import Trainer
+from mrlm_cli.training.update import Refused
+
+
+def run(trainer: Trainer, stopper: Stopper) -> None:
+    """Train from `trainer.step` to the recipe's `steps`. Step n means n updates done.
+
+    A signal gives up the rollout under way (it is a function of weights and step, so a resume repeats it) or lets an
+    update come to its end; then the state is saved and Interrupted is raised.
+    """
+    steps = trainer.recipe.steps
+    saved = trainer.step if trainer.resumed else None
+    try:
+        trainer.engine.load(trainer.policy.lm)
+        if trainer.evaluation_due() and not trainer.run.has_evaluation(trainer.step):
+            trainer.evaluate()  # the untrained policy is evaluation 0
+        while trainer.step < steps:
+            iteration(trainer)
+            if trainer.evaluation_due():
+                trainer.evaluate()  # before the checkpoint: it decides which one is the best
+            if trainer.checkpoint_due():
+                saved = trainer.save()
+            stopper.check()
+    except StopRequested:
+        if saved != trainer.step:
+            trainer.save()
+        number = stopper.signal_number
+        assert number is not None
+        raise Interrupted(
+            number, f"stopped after step {trainer.step} of {steps}, saved; go on with: mrlm resume {trainer.run.path}"
+        ) from None
+    trainer.announce.finished(trainer.step)
+
+
+def iteration(trainer: Trainer) -> None:
+    """One rollout and its update; raises StopRequested, with nothing changed, if a signal comes during the rollout."""
+    recipe, algorithm, announce = trainer.recipe, trainer.algorithm, trainer.announce
+    progress = Progress(trainer.step, recipe.steps)
+    sums = Sums()
+    begun = time.perf_counter()
+    cursor = trainer.source.state()
+    try:
+        episodes = trainer.source.episodes(trainer.step)
+    except StopRequested:
+        trainer.source.load_state(cursor)
+        raise
+    sampled = time.perf_counter()
+    sums.update(episode_metrics(episodes, trainer.environments))
+    batch = collate(episodes, recipe.hardware.device)
+    scored = sampled
+    if batch is None:
+        announce.warned(f"step {trainer.step + 1}: no episode can be trained on; the first: {episodes[0].failure}")
+        trainer.updater.refuse(Refused("every episode failed", []))
+    else:
+        batch, gaps = annotate(
+            batch,
+            trainer.policy,
+            trainer.reference,
+            algorithm.needs,
+            temperature=recipe.sampling.temperature,
+            budget=recipe.optimizer.tokens_per_micro_batch,
+            phase=announce.phase,
+        )
+        if rows := unsound_rows(batch):
+            trainer.updater.refuse(Refused("a reward, log-prob or value that is not finite", batch.episode[rows].tolist()))
+            sums.add("refused_steps", recipe.optimizer.passes * recipe.optimizer.minibatches)
+        else:
+            sums.update(gaps)
+            batch, credited = algorithm.credit(batch, progress)
+            sums.update(credited)
+            scored = time.perf_counter()
+            sums.update(trainer.updater.update(batch, progress))
+            trainer.engine.load(trainer.policy.lm)
+    ended = time.perf_counter()
+    trainer.step += 1
+    metrics = sums.means()
+    chosen = metrics.get("length", 0.0) * metrics["episodes"]
+    metrics |= {
+        "seconds": ended - begun,
+        "rollout_seconds": sampled - begun,
+        "scoring_seconds": scored - sampled,
+        "update_seconds": ended - scored,
+        "tokens_per_second": chosen / (ended - begun),
+        "memory_mb": peak_memory_mb(),
+    }
+    if trainer.step in (1, recipe.steps) or trainer.step % recipe.report.episodes_every == 0:
+        trainer.run.write_episodes(trainer.step, stored(episodes, recipe.report.episodes))
+    trainer.run.append_metrics(trainer.step, metrics)
+    announce.stepped(trainer.step, metrics, episodes)
+
+
+def peak_memory_mb() -> float:
+    """Peak memory so far in MiB: of the GPU where one is used, else the process's resident set."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,89 @@
+"""Which tasks a step is made of, and their episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mrlm_cli.draws import draw_key, permuted
+from mrlm_cli.envs.base import Environment
+from mrlm_cli.errors import UserError
+from mrlm_cli.recipe.sections import Sampling
+from mrlm_cli.records import Episode, Split, Task
+from mrlm_cli.training.rollout import Draw, Rollout
+
+
+def mixture(environments: Mapping[str, Environment], count: int, *parts: int | str) -> list[str]:
+    """`count` environment labels drawn by weight, a function of `parts`."""
+    labels = list(environments)
+    if len(labels) == 1:
+        return labels * count
+    total = sum(environments[label].config.weight for label in labels)
+    drawn = []
+    for number in range(count):
+        point = int.from_bytes(draw_key(*parts, number)[:7], "little") / 2**56 * total
+        for label in labels:
+            point -= environments[label].config.weight
+            if point < 0:
+                break
+        drawn.append(label)
+    return drawn
+
+
+def held_out(environments: Mapping[str, Environment], split: Split, count: int) -> list[Task]:
+    """The first tasks of a held-out split, shared over the environments by weight; fewer if a split is smaller."""
+    total = sum(environment.config.weight for environment in environments.values())
+    tasks: list[Task] = []
+    share = 0.0
+    for label, environment in environments.items():
+        begin = round(share)
+        share += count * environment.config.weight / total
+        wanted = max(1, round(share) - begin)
+        size = environment.size(split)
+        if size == 0:
+            raise UserError(f"environment {label} has no {split} tasks")
+        tasks.extend(environment.task(split, index) for index in range(wanted if size is None else min(wanted, size)))
+    return tasks
+
+
+class RolloutSource:
+    """Fresh episodes of the training split. Its whole state is one cursor for each environment."""
+
+    def __init__(self, rollout: Rollout, environments: Mapping[str, Environment], sampling: Sampling, seed: int) -> None:
+        self._rollout = rollout
+        self._environments = environments
+        self._sampling = sampling
+        self._seed = seed
+        self._cursor = dict.fromkeys(environments, 0)
+        for label, environment in environments.items():
+            if environment.size("train") == 0:
+                raise UserError(f"environment {label} has no training tasks")
+
+    def episodes(self, step: int) -> list[Episode]:
+        """The episodes of a step, sampled by the policy that the engine holds; advances the cursor."""
+        draw = Draw(self._seed, "train", step, step)
+        return self._rollout.episodes(
+            self._tasks(step), self._sampling.episodes_per_task, draw, self._sampling.temperature
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Tasks taken so far from each environment."""
+        return {"cursor": dict(self._cursor)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self._cursor = {label: int(state["cursor"][label]) for label in self._cursor}
+
+    def _tasks(self, step: int) -> Sequence[Task]:
+        tasks = []
+        for label in mixture(self._environments, self._sampling.tasks_per_step, self._seed, "mixture", step):
+            taken = self._cursor[label]
+            size = self._environments[label].size("train")
+            if size is None:
+                index = taken
+            else:
+                epoch, place = divmod(taken, size)
+                index = permuted(place, size, self._seed, "order", label, epoch)
+            tasks.append(self._environments[label].task("train", index))
+            self._cursor[label] = taken + 1
+        return tasks

@@ -1,0 +1,81 @@
+"""What makes episodes: the policy, its engine and the environments. Training and `mrlm eval` stand on the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from mrlm_cli import registry
+from mrlm_cli.engines.base import Engine
+from mrlm_cli.envs.host import Host, Journal
+from mrlm_cli.errors import UserError
+from mrlm_cli.policy import load
+from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.training.machine import default_threads
+from mrlm_cli.training.rollout import Rollout
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with what depends on the machine said outright: threads and device, since bits depend on both.
+
+    Raises UserError where CUDA is asked for and there is none.
+    """
+    device = recipe.hardware.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise UserError("hardware.device is cuda, and torch sees no CUDA device; use cpu or auto")
+    hardware = recipe.hardware.model_copy(
+        update={"threads": recipe.hardware.threads or default_threads(), "device": device}
+    )
+    return recipe.model_copy(update={"hardware": hardware})
+
+
+class Stage:
+    """Built from a settled recipe. A context manager: leaving it ends the environments' worker processes."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folders: Sequence[Path],
+        *,
+        journal: Journal,
+        check: Callable[[], None],
+        phase: Callable[[str, int, int], None],
+    ) -> None:
+        hardware = recipe.hardware
+        assert hardware.threads is not None
+        torch.set_num_threads(hardware.threads)
+        self._sampling = recipe.sampling
+        self._phase = phase
+        self.policy, self.chat = load.build(
+            recipe.model,
+            seed=recipe.seed,
+            device=hardware.device,
+            precision=hardware.precision,
+            gradient_checkpointing=hardware.gradient_checkpointing,
+        )
+        self.engine: Engine = registry.resolve("engines", recipe.engine.type, folders)(
+            recipe.engine, decode=self.chat.decode, precision=hardware.precision, check=check
+        )
+        self.host = Host(
+            recipe.environments,
+            folders=folders,
+            workers=hardware.worker_processes,
+            deadline=hardware.deadline,
+            journal=journal,
+            check=check,
+        )
+        self.environments = self.host.environments
+
+    def rollout(self, *, bootstrap: bool) -> Rollout:
+        """Episodes by this policy; with `bootstrap`, a cut reply is left unscored."""
+        return Rollout(self.host, self.engine, self.chat, self._sampling, bootstrap=bootstrap, phase=self._phase)
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.host.shutdown()

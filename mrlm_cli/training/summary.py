@@ -1,0 +1,44 @@
+"""What the episodes of a step say, as metrics and as rows to store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from mrlm_cli.envs.base import Environment
+from mrlm_cli.metrics import Sums
+from mrlm_cli.records import Episode
+from mrlm_cli.training.evaluate import component_sums
+from mrlm_cli.training.rollout import EXCLUDED
+
+
+def episode_metrics(episodes: Sequence[Episode], environments: Mapping[str, Environment]) -> Sums:
+    """Metrics of the step's episodes; failed ones count only as failed."""
+    sums = Sums()
+    good = [one for one in episodes if one.stop != "failed"]
+    excluded = [one for one in episodes if one.failure is not None and one.failure.startswith(EXCLUDED)]
+    sums.add("episodes", len(good))
+    sums.add("failed_rate", len(episodes) - len(good) - len(excluded), len(episodes))
+    sums.add("excluded_rate", len(excluded), len(episodes))
+    rewards = [sum(one.rewards) for one in good]
+    if rewards:
+        mean = sum(rewards) / len(rewards)
+        sums.add("reward_std", (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5)
+    for one, reward in zip(good, rewards, strict=True):
+        sums.add("reward", reward)
+        sums.add("truncated_rate", float(one.stop in ("length", "turns")))
+        sums.add("length", len(one.chosen))
+        sums.add("turns", sum(span.kind == "chosen" for span in one.spans))
+        received = component_sums(one)
+        for name in environments[one.task.env].components:
+            sums.add(f"reward/{one.task.env}/{name}", received.get(name, 0.0))
+        for name, value in one.transcript.facts.items():
+            sums.add(f"fact/{one.task.env}/{name}", value)
+    return sums
+
+
+def stored(episodes: Sequence[Episode], count: int) -> list[dict[str, Any]]:
+    """`count` episodes, evenly spaced over the step, as JSON-able rows."""
+    count = min(count, len(episodes))
+    return [asdict(episodes[number * len(episodes) // count]) for number in range(count)]

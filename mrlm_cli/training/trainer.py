@@ -1,0 +1,157 @@
+"""All that a run is made of, in one place: built once, saved and loaded whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mrlm_cli import registry
+from mrlm_cli.algorithms.base import Algorithm
+from mrlm_cli.errors import CheckpointError, NonFiniteError
+from mrlm_cli.events import Evaluation
+from mrlm_cli.policy import load
+from mrlm_cli.policy.model import Policy
+from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.training import checkpoint
+from mrlm_cli.training.announce import Announcer
+from mrlm_cli.training.evaluate import evaluate
+from mrlm_cli.training.optim import Adam
+from mrlm_cli.training.rundir import RunDirectory
+from mrlm_cli.training.source import RolloutSource
+from mrlm_cli.training.stage import Stage
+from mrlm_cli.training.summary import stored
+from mrlm_cli.training.update import Refused, Updater
+
+
+class Trainer:
+    """The parts of a run and its state: weights, optimizer, algorithm, source, step, best."""
+
+    def __init__(
+        self, recipe: Recipe, folders: Sequence[Path], stage: Stage, run: RunDirectory, announce: Announcer
+    ) -> None:
+        self.recipe = recipe
+        self.run = run
+        self.announce = announce
+        self.policy = stage.policy
+        self.engine = stage.engine
+        self.environments = stage.environments
+        self.step = 0
+        self.resumed = False
+        self.best: dict[str, float] | None = None  # of the steps both evaluated and saved: {"step": n, "exact": share}
+        self._tokenizer = stage.chat.tokenizer
+        self.algorithm: Algorithm = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm)
+        # The policy as loaded, before a resume puts later weights in: KL at step 0 is 0.
+        self.reference: Policy | None = load.reference(self.policy) if self.algorithm.needs.reference else None
+        self._reference_sha256 = _fingerprint(self.reference) if self.reference is not None else None
+        self._judged = stage.rollout(bootstrap=False)
+        self.source = RolloutSource(
+            stage.rollout(bootstrap=self.algorithm.bootstrap), self.environments, recipe.sampling, recipe.seed
+        )
+        self._adam = Adam(self.policy, recipe.optimizer, recipe.model.value.lr)
+        self.updater = Updater(
+            self.policy,
+            self.algorithm,
+            self._adam,
+            recipe.optimizer,
+            temperature=recipe.sampling.temperature,
+            seed=recipe.seed,
+            phase=announce.phase,
+            refused=self._refused,
+        )
+
+    def evaluation_due(self) -> bool:
+        """Whether the policy of this step is evaluated: the first, the last, and every so many."""
+        every = self.recipe.evaluate.every
+        return self.step in (0, self.recipe.steps) or (every > 0 and self.step % every == 0)
+
+    def checkpoint_due(self) -> bool:
+        """Whether this step is saved: the last, and every so many."""
+        every = self.recipe.checkpoint.every
+        return self.step == self.recipe.steps or (every > 0 and self.step % every == 0)
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate on the validation split, store the result, and remember the best step."""
+        evaluation, episodes = evaluate(
+            self._judged,
+            self.environments,
+            self.recipe.evaluate,
+            split="validation",
+            seed=self.recipe.seed,
+            step=self.step,
+            checkpoint=str(self.run.path),
+        )
+        rows = stored(episodes, self.recipe.report.episodes)
+        headline = evaluation.components.get("exact", evaluation.reward).mean
+        if self.checkpoint_due() and (self.best is None or headline > self.best["exact"]):
+            self.best = {"step": self.step, "exact": headline}
+        self.run.write_evaluation(self.step, {**asdict(evaluation), "episodes": rows})
+        self.announce.evaluated(evaluation)
+        return evaluation
+
+    def save(self) -> int:
+        """Write a checkpoint of this step; returns the step."""
+
+        def fill(directory: Path) -> None:
+            load.save(self.policy, self._tokenizer, directory)
+            self._adam.save(directory / "optimizer.safetensors")
+            (directory / "recipe.yaml").write_text(self.run.recipe_yaml(), encoding="utf-8")
+            (directory / "state.json").write_text(json.dumps(self._state(), indent=1), encoding="utf-8")
+
+        parent = self.run.checkpoints
+        path = checkpoint.write(parent, self.step, fill)
+        if self.best is not None and self.best["step"] == self.step:
+            checkpoint.mark_best(parent, self.step)
+        checkpoint.prune(parent, self.recipe.checkpoint.keep)
+        self.announce.saved(self.step, path)
+        return self.step
+
+    def load(self, directory: Path) -> None:
+        """Take the state of a checkpoint. Raises CheckpointError if it belongs to another model or run."""
+        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        if state["reference_sha256"] not in (None, self._reference_sha256):
+            raise CheckpointError(
+                f"{directory}: the model from which the run started has changed since; its KL would be another"
+            )
+        load.load_weights(self.policy, directory)
+        self._adam.load(directory / "optimizer.safetensors")
+        self.step = int(state["step"])
+        self.best = state["best"]
+        self.algorithm.load_state(state["algorithm"])
+        self.source.load_state(state["source"])
+        self.updater.refused_in_a_row = int(state["refused_in_a_row"])
+        self.resumed = True
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "best": self.best,
+            "algorithm": self.algorithm.state(),
+            "source": self.source.state(),
+            "refused_in_a_row": self.updater.refused_in_a_row,
+            "reference_sha256": self._reference_sha256,
+        }
+
+    def _refused(self, error: Refused) -> None:
+        where = f"; episodes {', '.join(str(number) for number in error.episodes[:5])}" if error.episodes else ""
+        text = f"step {self.step + 1}: {error}{where}; this optimizer step was not taken"
+        if self.updater.refused_in_a_row >= self.recipe.optimizer.max_refused:
+            raise NonFiniteError(
+                f"{text}; {self.updater.refused_in_a_row} in a row, so the run stops. The last checkpoint is intact; "
+                "a lower optimizer.lr or max_grad_norm is the usual cure"
+            )
+        self.announce.warned(text)
+
+
+def _fingerprint(policy: Policy) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(policy.lm.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+

@@ -1,0 +1,143 @@
+"""Passes × minibatches × micro-batches: the parameters move here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from mrlm_cli.algorithms.base import Algorithm
+from mrlm_cli.draws import shuffled
+from mrlm_cli.metrics import Sums
+from mrlm_cli.policy.model import Policy
+from mrlm_cli.recipe.sections import Optimizer
+from mrlm_cli.records import Batch, Progress
+from mrlm_cli.training.collate import micro_batches
+from mrlm_cli.training.optim import Adam
+
+LAST_ONLY = ("policy_moved",)  # a metric of the last optimizer step, where the others are over all of them
+
+
+class Refused(Exception):
+    """An optimizer step was not taken. `episodes` (indices of the step's) are to blame; `harmless` if none is wrong."""
+
+    def __init__(self, what: str, episodes: list[int], *, harmless: bool = False) -> None:
+        super().__init__(what)
+        self.episodes = episodes
+        self.harmless = harmless
+
+
+class Updater:
+    """Trains on one iteration's batch."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        algorithm: Algorithm,
+        adam: Adam,
+        settings: Optimizer,
+        *,
+        temperature: float,
+        seed: int,
+        phase: Callable[[str, int, int], None],
+        refused: Callable[[Refused], None],
+    ) -> None:
+        self._policy = policy
+        self._algorithm = algorithm
+        self._adam = adam
+        self._settings = settings
+        self._temperature = temperature
+        self._seed = seed
+        self._phase = phase
+        self._refused = refused  # told of every optimizer step; raises when there were too many in a row
+        self.refused_in_a_row = 0
+
+    def update(self, batch: Batch, progress: Progress) -> Sums:
+        """Every optimizer step of an iteration; a refused one leaves the parameters bit for bit as they were."""
+        sums = Sums()
+        sums.add("lr", self._adam.schedule(progress))
+        done = refused = 0
+        last = Sums()
+        stopped = False
+        total = self._settings.passes * self._settings.minibatches
+        for pass_number in range(self._settings.passes):
+            for part in self._minibatches(batch, progress, pass_number):
+                self._phase("update", done + refused, total)
+                try:
+                    last = self._optimizer_step(part, progress)
+                except Refused as error:
+                    refused += 1
+                    self.refuse(error)
+                    continue
+                done += 1
+                self.refused_in_a_row = 0
+                for name, (total_sum, count) in last:
+                    if name not in LAST_ONLY:
+                        sums.add(name, total_sum, count)
+                if stopped := self._algorithm.stop(last.means()):
+                    break
+            if stopped:
+                break
+        for name, (total_sum, count) in last:
+            if name in LAST_ONLY:
+                sums.add(name, total_sum, count)
+        sums.add("optimizer_steps", done)
+        sums.add("refused_steps", refused)
+        sums.add("stopped_early", float(stopped))
+        return sums
+
+    def refuse(self, error: Refused) -> None:
+        """Count a refusal; the listener may end the run."""
+        if not error.harmless:
+            self.refused_in_a_row += 1
+            self._refused(error)
+
+    def _minibatches(self, batch: Batch, progress: Progress, pass_number: int) -> list[Batch]:
+        units: dict[int, list[int]] = {}
+        for row, unit in enumerate(batch.unit.tolist()):
+            units.setdefault(unit, []).append(row)
+        order = shuffled(list(units), self._seed, "minibatches", progress.step, pass_number)
+        count = min(self._settings.minibatches, len(order))
+        bounds = [round(number * len(order) / count) for number in range(count + 1)]
+        return [
+            batch.rows(torch.tensor([row for unit in order[begin:end] for row in units[unit]], device=batch.unit.device))
+            for begin, end in zip(bounds, bounds[1:], strict=False)
+        ]
+
+    def _optimizer_step(self, batch: Batch, progress: Progress) -> Sums:
+        # Both denominators are sums over the whole optimizer step, taken before its first backward: the gradient then
+        # depends on no micro-batch boundary.
+        mass = batch.mass.sum()
+        tokens = (batch.weights > 0).sum()
+        if mass <= 0 or tokens == 0:
+            raise Refused("no episode of the minibatch carries weight", [], harmless=True)
+        value_only = self._algorithm.value_only(progress)
+        sums = Sums()
+        self._adam.zero()
+        for rows in micro_batches(batch, self._settings.tokens_per_micro_batch):
+            part = batch.rows(rows)
+            out = self._policy(
+                part.tokens, part.lengths, part.score, temperature=self._temperature, value_only=value_only
+            )
+            parts, metrics = self._algorithm.loss(out, part, progress)
+            loss = parts["mass"] / mass + parts["tokens"] / tokens
+            if not torch.isfinite(loss):
+                self._adam.zero()
+                raise Refused(f"a loss of {float(loss)}", _culprits(out.logprobs, out.values, part))
+            loss.backward()
+            sums.update(metrics)
+        norm = self._adam.clip()
+        if not torch.isfinite(norm):
+            self._adam.zero()
+            raise Refused(f"a gradient norm of {float(norm)}", [])
+        self._adam.step()
+        self._adam.zero()
+        sums.add("grad_norm", norm)
+        return sums
+
+
+def _culprits(logprobs: torch.Tensor, values: torch.Tensor | None, part: Batch) -> list[int]:
+    bad = ~torch.isfinite(logprobs).all(1)
+    if values is not None:
+        bad |= ~torch.isfinite(values).all(1)
+    return part.episode[bad].tolist()
