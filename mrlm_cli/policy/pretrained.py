@@ -1,0 +1,163 @@
+"""Reading language models and tokenizers from a directory or a hub id: safetensors only, never code, never pickle."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from mrlm_cli.errors import CheckpointError, UserError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def model_directory(path: Path) -> Path:
+    """The model's directory that `path` means: a run (its latest checkpoint), a checkpoint (its policy/), or a model.
+
+    Raises UserError if nothing is there, CheckpointError if it is none of these.
+    """
+    path = path.expanduser()
+    if not path.exists():
+        raise UserError(missing(path))
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; a model is a directory with config.json and .safetensors, or a .gguf")
+    if (path / "config.json").is_file():
+        return path
+    return checkpoint_directory(path) / "policy"
+
+
+def checkpoint_directory(path: Path) -> Path:
+    """The checkpoint that `path` means: a run directory (its latest, else its newest) or a checkpoint itself."""
+    if (path / "policy" / "config.json").is_file():
+        return path
+    checkpoints = path / "checkpoints"
+    candidates = [checkpoints / "latest", *sorted(checkpoints.glob("step-*"), reverse=True)]
+    for candidate in candidates:
+        if (candidate / "policy" / "config.json").is_file():
+            return candidate.resolve()
+    raise CheckpointError(f"{path} holds no model: neither config.json nor policy/ nor a checkpoint of a run")
+
+
+def missing(path: Path) -> str:
+    """What to say of a model that is not there, with the command that brings it where there is one."""
+    from mrlm_cli.policy.fetch import KNOWN
+
+    if path.name in KNOWN:
+        parent = "" if path.parent.name == "models" and not path.parent.is_absolute() else f" --to {path.parent}"
+        return f"there is no model at {path}; bring it by: mrlm fetch {path.name}{parent}"
+    return f"there is no model at {path}"
+
+
+def read(path: str) -> tuple[Any, Any]:
+    """(causal LM in fp32 and evaluation mode, dropout set to 0; tokenizer) of a directory, a run or a hub id.
+
+    Every parameter and buffer lies in an allocation of its own, whatever file it was mapped from. Raises UserError if
+    there is nothing, CheckpointError if it cannot be read whole.
+    """
+    place = Path(path).expanduser()
+    if place.exists():
+        directory = model_directory(place)
+        _refuse_pickle(directory)
+        source = str(directory)
+    elif place.is_absolute() or place.name in _known() or not HUB_ID.fullmatch(path):
+        raise UserError(missing(place))
+    else:
+        source = path
+    local = place.exists()
+    with quiet(), _readable(source, local):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        without_dropout(config)
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=local,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+    lacking = sorted(info["missing_keys"])
+    if lacking:
+        raise CheckpointError(f"{source} lacks {len(lacking)} of the model's tensors, {lacking[0]} among them")
+    return settled(lm), tokenizer
+
+
+def settled(lm: Any) -> Any:
+    """The model as mrlm holds every model: own allocations, evaluation mode, gradients everywhere, savable settings."""
+    fresh_allocations(lm)
+    # Tokens behind a row's length never reach the loss, and pad may be the end token, whose gradient counts.
+    embedding = lm.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        embedding.padding_idx = None
+    try:
+        lm.generation_config.validate(strict=True)
+    except ValueError:  # transformers refuses to save some settings that it loads; only these are given up
+        lm.generation_config = GenerationConfig.from_model_config(lm.config)
+    return lm.eval()
+
+
+def fresh_allocations(module: nn.Module) -> None:
+    """Copy every parameter and buffer to a contiguous allocation of its own; tied parameters stay tied."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+
+
+def without_dropout(config: Any) -> None:
+    """Set every dropout probability of a transformers configuration to zero, those of its sub-configurations too."""
+    for key, value in copy.copy(vars(config)).items():
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            without_dropout(value)
+        elif ("drop" in key) and isinstance(value, float | int) and not isinstance(value, bool):
+            setattr(config, key, 0.0)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no advice from transformers; its settings are put back."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _known() -> set[str]:
+    from mrlm_cli.policy.fetch import KNOWN
+
+    return set(KNOWN)
+
+
+def _refuse_pickle(directory: Path) -> None:
+    if any(directory.glob("*.safetensors")):
+        return
+    for pattern in PICKLES:
+        for file in directory.glob(pattern):
+            raise CheckpointError(f"{file} is a pickle, which can run code when read; convert the model to safetensors")
+    raise CheckpointError(f"{directory} holds no .safetensors file")
+
+
+@contextmanager
+def _readable(source: str, local: bool) -> Iterator[None]:
+    """Whatever transformers, safetensors or the file system raise about a model becomes one sentence."""
+    try:
+        yield
+    except Exception as error:  # a border: the readers raise all kinds for a broken file; the cause is kept
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if local:
+            raise CheckpointError(f"the model in {source} cannot be read: {reason}") from error
+        raise UserError(f"{source} is no directory here and could not be had from the hub: {reason}") from error
