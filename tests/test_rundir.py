@@ -140,6 +140,8 @@ def test_rewind_forgets_what_lies_beyond_and_keeps_the_journal(run: RunDirectory
         again.rewind(9)
     again.rewind(0)
     assert again.metrics() == []
+    assert again.has_evaluation(0)
+    assert not again.has_evaluation(1)
 
 
 def test_broken_metrics_are_named(run: RunDirectory) -> None:
