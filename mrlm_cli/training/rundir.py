@@ -88,12 +88,6 @@ class RunDirectory:
         if os.path.lexists(path):
             raise UserError(_taken(path))
 
-    @staticmethod
-    def refuse_existing(path: Path) -> None:
-        """Raise UserError, with the command that resumes it, if the name `path` is taken by anything."""
-        if os.path.lexists(path):
-            raise UserError(_taken(path))
-
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
         """An existing run directory. Raises UserError if there is none at `path`."""
@@ -203,10 +197,6 @@ class RunDirectory:
         split = data.get("split", "validation")
         suffix = "" if split == "validation" else f"-{split}"
         self._write(f"eval/step-{step:06d}{suffix}.json", durable.json_text(data))
-
-    def has_evaluation(self, step: int) -> bool:
-        """Whether the evaluation of `step` on the validation split is on disk."""
-        return (self.path / f"eval/step-{step:06d}.json").is_file()
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the validation split was evaluated at `step`."""
