@@ -1,0 +1,56 @@
+"""The sampler: one token a row, by inverting the cumulative distribution in two levels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def sample(
+    logits: torch.Tensor,  # [B, V], any float type
+    temperature: torch.Tensor,  # [B] fp32; a row at 0 is greedy and its log-prob is that at temperature 1
+    uniforms: torch.Tensor,  # [B, 2] float64 in [0, 1): block of the vocabulary, word in the block
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [B] int64 and their log-probs [B] fp32 under softmax(logits.float() / temperature).
+
+    The vocabulary is cut into blocks of about sqrt(V) words; the first uniform picks a block by its mass, the second a
+    word inside it (Devroye 1986, "Non-Uniform Random Variate Generation", III.2). Sums are float64 and scaled by their
+    own total, and a word whose fp32 probability is zero is never picked. A row that holds NaN or +inf, or nothing
+    above -inf, gets the log-prob NaN: the caller knows whose row it is and raises.
+    """
+    assert logits.ndim == 2, logits.shape
+    rows, words = logits.shape
+    greedy = temperature == 0
+    scaled = logits.float()
+    if bool((temperature != 1).any()):
+        scaled = scaled / torch.where(greedy, torch.ones_like(temperature), temperature)[:, None]
+    highest, best = scaled.max(dim=-1)
+
+    size = math.isqrt(words - 1) + 1
+    blocks = -(-words // size)
+    mass = scaled.new_zeros(rows, blocks * size)  # the tail of the last block stays at zero
+    torch.sub(scaled, highest[:, None], out=mass[:, :words]).exp_()
+    mass = mass.view(rows, blocks, size)
+    block_mass = mass.sum(dim=-1, dtype=torch.float64)  # [B, blocks]
+    total = block_mass.sum(dim=-1)
+
+    if bool(greedy.all()):
+        tokens = best
+    else:
+        block = _invert(block_mass, uniforms[:, 0])
+        inside = mass[torch.arange(rows, device=mass.device), block].double()  # [B, size]
+        tokens = block * size + _invert(inside, uniforms[:, 1])
+        tokens = torch.where(greedy, best, tokens)
+    tokens = tokens.clamp_(max=words - 1)  # a row of NaN picks nothing; its index must still be one
+    chosen = scaled.gather(1, tokens[:, None])[:, 0]
+    return tokens, ((chosen - highest).double() - total.log()).float()
+
+
+def _invert(mass: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """First index of positive mass whose cumulative mass exceeds uniform x total.  [B,N] float64, [B] -> [B]."""
+    positive = mass > 0
+    # A parallel scan need not be monotone: entries without mass are taken out, the total is the scan's own maximum.
+    cumulative = torch.where(positive, mass.cumsum(dim=-1), 0.0)
+    target = uniform * cumulative.amax(dim=-1)
+    return (cumulative > target[:, None]).to(torch.uint8).argmax(dim=-1)
