@@ -122,7 +122,9 @@ class Optimizer(Strict):
     """Steps over which the learning rate rises linearly from lr / warmup to lr."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Fraction of lr at which a linear or cosine schedule ends."""
-    betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
+    ] = (0.9, 0.95)
     """Adam's decay rates of the first and second moment."""
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
     """Adam's epsilon."""

@@ -1,0 +1,112 @@
+"""What every setting means: its sentence, type, default and range, read from the classes themselves."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from mrlm_cli import registry
+from mrlm_cli.recipe import json_schema
+from mrlm_cli.recipe.schema import MODELS, Recipe
+from mrlm_cli.strict import Strict
+
+KINDS = {"environments": "environments", "algorithm": "algorithms", "engine": "engines"}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One key of a recipe. `variant` is the `type` of the section that has it, where not every type has."""
+
+    path: str
+    variant: str | None
+    sentence: str
+    type: str
+    default: str
+
+
+def fields(settings: type[Strict], prefix: str = "") -> Iterator[tuple[str, type[Strict], str, FieldInfo]]:
+    """(path, class, name, field) of every key under a class, sections before their keys."""
+    for name, info in settings.model_fields.items():
+        path = f"{prefix}.{name}" if prefix else name
+        yield path, settings, name, info
+        for inner in _classes(info):
+            yield from fields(inner, path)
+
+
+def siblings(settings: type[Strict], path: list[str]) -> list[str]:
+    """The keys allowed in the section that `path` (below `settings`) names; list indices are passed over."""
+    level: list[type[Strict]] = [settings]
+    for part in path:
+        if not part.isdigit():
+            level = [
+                inner for owner in level if part in owner.model_fields for inner in _classes(owner.model_fields[part])
+            ]
+    return list(dict.fromkeys(name for owner in level for name in owner.model_fields))
+
+
+def paths(own: tuple[str, type[Strict]] | None = None) -> list[str]:
+    """The path of every setting: a recipe's own, those of built-in kinds, and those of one more class under a prefix."""
+    found = [path for path, *_ in _recipe_fields()]
+    found += [path for kind in KINDS for _, owner in _built_in(kind) for path, *_ in fields(owner.Config, kind)]
+    if own is not None:
+        found += [path for path, *_ in fields(own[1], own[0])]
+    return list(dict.fromkeys(found))
+
+
+def settings() -> list[Setting]:
+    """Every setting of a recipe, those of all built-in kinds included."""
+    return list(_settings())
+
+
+@cache
+def _settings() -> tuple[Setting, ...]:
+    found = [_setting(path, None, owner, name, info) for path, owner, name, info in _recipe_fields()]
+    for variant, model in MODELS.items():
+        found += [_setting(path, variant, owner, name, info) for path, owner, name, info in fields(model, "model")]
+    for kind in KINDS:
+        for variant, owner in _built_in(kind):
+            found += [_setting(path, variant, *rest) for path, *rest in fields(owner.Config, kind)]
+    return tuple(found)
+
+
+def _recipe_fields() -> Iterator[tuple[str, type[Strict], str, FieldInfo]]:
+    for path, owner, name, info in fields(Recipe):
+        if path.partition(".")[0] not in ("model", *KINDS) or "." not in path:
+            yield path, owner, name, info
+
+
+def _built_in(kind: str) -> list[tuple[str, Any]]:
+    return [(name, registry.resolve(KINDS[kind], name)) for name in registry.BUILT_IN[KINDS[kind]]]
+
+
+def _setting(path: str, variant: str | None, owner: type[Strict], name: str, info: FieldInfo) -> Setting:
+    if info.is_required():
+        default = "required"
+    else:
+        value = info.get_default(call_default_factory=True)
+        plain = value.model_dump(mode="json") if isinstance(value, Strict) else value
+        default = json.dumps(plain, ensure_ascii=False)
+    words = "settings of the section" if _classes(info) else json_schema.words(owner, name)
+    return Setting(path, variant, inspect.cleandoc(info.description or "").replace("\n", " "), words, default)
+
+
+def _classes(info: FieldInfo) -> list[type[Strict]]:
+    """The settings classes that a field's annotation holds."""
+    return list(_inside(info.annotation))
+
+
+def _inside(annotation: Any) -> Iterator[type[Strict]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, Strict):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _inside(argument)

@@ -1,0 +1,257 @@
+"""A merged tree → the sections of a recipe, each validated by its own class, every problem at its own place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mrlm_cli import registry
+from mrlm_cli.errors import UserError
+from mrlm_cli.recipe import explain
+from mrlm_cli.recipe.problems import Problems, locate, near, sentence, shown, suggestion
+from mrlm_cli.recipe.reading import Mark, Node
+from mrlm_cli.recipe.schema import MODELS, Head, Recipe
+from mrlm_cli.strict import AlgorithmSettings, EngineSettings, EnvironmentSettings, Strict
+
+PLUGINS: dict[str, tuple[str, type[Strict]]] = {
+    "algorithm": ("algorithms", AlgorithmSettings),
+    "engine": ("engines", EngineSettings),
+    "environments": ("environments", EnvironmentSettings),
+}
+SCIENCE = ("algorithm", "environments", "data")  # a file with none of these is a fragment
+
+
+def recipe(tree: Node, folders: Sequence[Path]) -> Recipe:
+    """The whole recipe. Raises RecipeError with every problem."""
+    problems = Problems()
+    parts = _parts(tree, folders, problems)
+    for name, info in Recipe.model_fields.items():
+        if name not in mapping(tree) and name not in Head.model_fields and name not in parts and info.is_required():
+            problems.add(tree.mark, name, "required, and missing")
+    head = _head(tree, problems, whole=True)
+    problems.raise_if_any()
+    try:
+        return Recipe(**head, **parts)
+    except ValidationError as error:
+        for one in error.errors(include_url=False):
+            found = one.get("ctx", {}).get("found", [(one["loc"], sentence(one))])
+            for location, text in found:
+                node, _ = locate(tree, location, missing=False)
+                problems.add(node.mark, ".".join(map(str, location)), text)
+        problems.raise_if_any()
+        raise
+
+
+def fragment(tree: Node, folders: Sequence[Path]) -> dict[str, Any]:
+    """The sections that are there, by name. Raises RecipeError with every problem."""
+    problems = Problems()
+    parts = _parts(tree, folders, problems)
+    head = _head(tree, problems, whole=False)
+    problems.raise_if_any()
+    return {**{name: head[name] for name in head if name in mapping(tree)}, **parts}
+
+
+def mapping(node: Node) -> dict[str, Node]:
+    """The node's keys; none if it is no mapping."""
+    return node.value if isinstance(node.value, dict) else {}
+
+
+def absolute(tree: Node, folders: Sequence[Path]) -> Node:
+    """The tree with every relative path that exists in one of `folders` made absolute; the others as written.
+
+    Paths are `model.path`, `model.value.path`, the files in `./file.py:Class`, and text settings of environments called
+    `path` or ending in `_path`.
+    """
+    for path in list(_paths(tree)):
+        tree = _replaced(tree, path, folders)
+    return tree
+
+
+def _paths(tree: Node) -> Iterator[tuple[str | int, ...]]:
+    yield ("model", "path")
+    yield ("model", "value", "path")
+    yield ("algorithm", "type")
+    yield ("engine", "type")
+    environments = mapping(tree).get("environments")
+    if environments is not None and isinstance(environments.value, list):
+        for index, item in enumerate(environments.value):
+            for name in mapping(item):
+                if name in ("type", "path") or name.endswith("_path"):
+                    yield ("environments", index, name)
+
+
+def _replaced(node: Node, path: Sequence[str | int], folders: Sequence[Path]) -> Node:
+    if not path:
+        return replace(node, value=_found(node.value, folders)) if isinstance(node.value, str) else node
+    first, rest = path[0], path[1:]
+    if isinstance(node.value, dict) and first in node.value:
+        name = str(first)
+        return replace(node, value={**node.value, name: _replaced(node.value[name], rest, folders)})
+    if isinstance(node.value, list) and isinstance(first, int):
+        items = list(node.value)
+        items[first] = _replaced(items[first], rest, folders)
+        return replace(node, value=items)
+    return node
+
+
+def _found(text: str, folders: Sequence[Path]) -> str:
+    file, colon, name = text.rpartition(":")
+    place = file if colon and file.endswith(".py") else text
+    if not place or "\0" in place or (place == text and "/" not in place and not place.endswith(".gguf")):
+        return text  # a registered name; a bare word beside a folder of the same name stays a hub id
+    for folder in folders:
+        candidate = folder / place
+        try:
+            if candidate.exists():
+                return f"{candidate.resolve()}{colon}{name}" if place != text else str(candidate.resolve())
+        except OSError:  # a name too long for the file system is no path
+            return text
+    return text
+
+
+def _head(tree: Node, problems: Problems, *, whole: bool) -> dict[str, Any]:
+    given = {name: node.plain for name, node in mapping(tree).items() if name in Head.model_fields}
+    try:
+        return Head.model_validate(given).model_dump()
+    except ValidationError as error:
+        for one in error.errors(include_url=False):
+            if one["type"] == "missing":
+                if whole:
+                    problems.add(tree.mark, str(one["loc"][0]), "required, and missing")
+                continue
+            node, path = locate(tree, one["loc"], missing=False)
+            problems.add(node.mark, ".".join(path), sentence(one))
+        return given
+
+
+def _parts(tree: Node, folders: Sequence[Path], problems: Problems) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for name, node in mapping(tree).items():
+        if name in Head.model_fields:
+            continue
+        if name not in Recipe.model_fields:
+            hint = suggestion(name, list(Recipe.model_fields), explain.paths())
+            problems.add(node.name_mark, name, f"unknown key{hint}")
+        elif name == "environments":
+            parts[name] = _environments(node, folders, problems)
+        else:
+            found = _section(name, node, [name], folders, problems)
+            if found is not None:
+                parts[name] = found
+    return parts
+
+
+def _environments(node: Node, folders: Sequence[Path], problems: Problems) -> tuple[Any, ...]:
+    if not isinstance(node.value, list) or not node.value:
+        problems.add(node.mark, "environments", f"got {shown(node.plain)}; expected a list of at least one environment")
+        return ()
+    found = [
+        _section("environments", item, ["environments", str(index)], folders, problems)
+        for index, item in enumerate(node.value)
+    ]
+    return tuple(item for item in found if item is not None)
+
+
+def _section(kind: str, node: Node, path: list[str], folders: Sequence[Path], problems: Problems) -> Any:
+    """The section's instance, or None after telling `problems` why not."""
+    where = ".".join(path)
+    if not isinstance(node.value, dict):
+        problems.add(node.mark, where, f"got {shown(node.plain)}; expected a mapping of keys to values")
+        return None
+    owner: Any = None
+    settings: type[Strict] | None
+    if kind in PLUGINS:
+        owner = _owner(kind, node, where, folders, problems)
+        settings = owner and owner.Config
+    elif kind == "model":
+        settings = _model(node, where, problems)
+    else:
+        annotation: Any = Recipe.model_fields[kind].annotation
+        settings = annotation
+    if settings is None:
+        return None
+    try:
+        section = settings.model_validate(node.plain)
+    except ValidationError as error:
+        for one in error.errors(include_url=False):
+            _report(one, settings, node, path, problems)
+        return None
+    if isinstance(section, EnvironmentSettings):
+        _rewards(section, owner, node, where, problems)
+    return section
+
+
+def _report(one: Any, settings: type[Strict], node: Node, path: list[str], problems: Problems) -> None:
+    missing = one["type"] == "missing"
+    inner, rest = locate(node, one["loc"], missing)
+    where = ".".join([*path, *rest])
+    if one["type"] == "extra_forbidden":
+        kind = mapping(node).get("type")
+        siblings = explain.siblings(settings, rest[:-1])
+        hint = suggestion(where, siblings, explain.paths((".".join(path), settings)))
+        variant = f" for type {kind.plain}" if kind is not None and len(rest) == 1 else ""
+        problems.add(inner.name_mark, where, f"unknown key{variant}{hint}")
+    else:
+        problems.add(inner.name_mark if missing else inner.mark, where, sentence(one))
+
+
+def _type(node: Node, where: str, default: str | None, problems: Problems) -> tuple[str, Mark] | None:
+    given = mapping(node).get("type")
+    if given is None:
+        if default is None:
+            problems.add(node.name_mark, f"{where}.type", "required, and missing")
+            return None
+        return default, node.mark
+    if not isinstance(given.value, str):
+        problems.add(given.mark, f"{where}.type", f"got {shown(given.plain)}; expected a name")
+        return None
+    return given.value, given.mark
+
+
+def _model(node: Node, where: str, problems: Problems) -> type[Strict] | None:
+    named = _type(node, where, None, problems)
+    if named is None:
+        return None
+    name, mark = named
+    if name not in MODELS:
+        hint = near(name, MODELS)
+        problems.add(mark, f"{where}.type", f"got {shown(name)}; expected one of {', '.join(MODELS)}{hint}")
+    return MODELS.get(name)
+
+
+def _owner(kind: str, node: Node, where: str, folders: Sequence[Path], problems: Problems) -> Any:
+    """The class that the section's `type` names."""
+    group, base = PLUGINS[kind]
+    named = _type(node, where, EngineSettings().type if kind == "engine" else None, problems)
+    if named is None:
+        return None
+    name, mark = named
+    if ":" in name and not name.rpartition(":")[0].endswith(".py"):
+        for folder in reversed([str(folder) for folder in folders]):
+            if folder not in sys.path:
+                sys.path.insert(0, folder)  # `package.module:Class` may lie beside the recipe
+    try:
+        owner = registry.resolve(group, name, folders)
+    except UserError as error:
+        problems.add(mark, f"{where}.type", str(error))
+        return None
+    config = getattr(owner, "Config", None)
+    if not (isinstance(config, type) and issubclass(config, base)):
+        problems.add(mark, f"{where}.type", f"{name} has no Config derived from {base.__name__}")
+        return None
+    return owner
+
+
+def _rewards(section: EnvironmentSettings, owner: Any, node: Node, where: str, problems: Problems) -> None:
+    rewards = mapping(node).get("rewards")
+    for component in section.rewards:
+        if component not in owner.components and rewards is not None:
+            mark = mapping(rewards)[component].name_mark
+            hint = near(component, owner.components) or f"; it declares {', '.join(owner.components) or 'none'}"
+            text = f"{section.label} declares no such reward component{hint}"
+            problems.add(mark, f"{where}.rewards.{component}", text)
