@@ -16,6 +16,7 @@ same session and turn gives the journal's failure without asking the environment
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from mrlm_cli.errors import SessionFailure, UserError
 from mrlm_cli.records import Reply, Task
 from mrlm_cli.registry import resolve
 
+GRACE_SECONDS = 2.0  # for sessions to close when the host is shut down
 CHECK_SECONDS = 0.1  # between calls of `check` while a turn is awaited
 
 
@@ -111,8 +113,8 @@ class Host:
             self.environments[label] = found(settings)
             if not _in_process(found):
                 outside[label] = settings
-        self._outside = {label: self.environments[label] for label in outside}
-        self._workers = [Worker(i, outside, self._outside, folders, deadline) for i in range(workers if outside else 0)]
+        self._outside = frozenset(outside)
+        self._workers = [Worker(i, outside, folders, deadline) for i in range(workers if outside else 0)]
 
     def open(self, opened: Sequence[tuple[str, Task, int]]) -> Ticket:
         """Begin sessions (name, task, seed); names must be new. Raises ValueError for one that is not."""
@@ -148,12 +150,13 @@ class Host:
         return f"environment {awaited.label}, session {awaited.session}, turn {awaited.turn}" if awaited else ""
 
     def shutdown(self) -> None:
-        """Close what is open and end the worker processes; a worker that is busy is killed."""
+        """Close what is open and end the worker processes; one that is still busy after two seconds is killed."""
         self.close(list(self._sessions))
+        until = time.monotonic() + GRACE_SECONDS
         for worker in self._workers:
             worker.stop()
         for worker in self._workers:
-            worker.join()
+            worker.join(max(0.0, until - time.monotonic()))
 
     def __enter__(self) -> Host:
         return self

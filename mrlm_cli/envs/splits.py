@@ -15,7 +15,7 @@ HELD_OUT_SHARE = 0.1  # of the classes, for validation and again for test
 
 
 def split_classes(classes: Sequence[str]) -> dict[Split, list[int]]:
-    """Indices of `classes` by split: a tenth for validation, a tenth for test (at least one each), the rest to train on.
+    """Indices of `classes` by split: a tenth (at least one) for validation and for test each, the rest to train on.
 
     `classes` are distinct canonical forms. Raises ValueError for fewer than three.
     """

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import struct
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from mrlm_cli.envs.base import Environment
@@ -73,9 +75,13 @@ def _finite(value: Any, what: str) -> float:
 
 
 def describe_exception(error: BaseException) -> str:
-    """Type and text of an exception; a long text is cut."""
+    """Type, text (cut if long) and place of an exception."""
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return text if len(text) <= MAX_FAILURE else text[:MAX_FAILURE] + " …"
+    text = text if len(text) <= MAX_FAILURE else text[:MAX_FAILURE] + " …"
+    if isinstance(error, SessionFailure):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
 
 
 def task_to_json(task: Task) -> dict[str, Any]:

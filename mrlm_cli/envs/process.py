@@ -1,0 +1,156 @@
+"""One worker process as its parent sees it: started, asked with a deadline, killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Event
+from typing import IO, Any
+
+from mrlm_cli.envs.wire import HEADER, MAX_FRAME
+
+POLL_SECONDS = 0.1  # between looks at the stop event and at whether the process lives
+CHUNK = 2**16  # bytes of a read or write
+
+
+class LateError(Exception):
+    """The deadline passed."""
+
+
+class DiedError(Exception):
+    """The process ended, or broke the protocol."""
+
+
+class StoppedError(Exception):
+    """The parent wants to end."""
+
+
+class WorkerProcess:
+    """A fresh interpreter in a process group of its own, so that a kill reaches what the environment has started.
+
+    Answers come through a pipe that user code cannot print into; what it prints goes line by line to this process's
+    stderr. What the environment leaves in another session (setsid) survives.
+    """
+
+    def __init__(self, name: str, stopping: Event) -> None:
+        self._name = name
+        self._stopping = stopping
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mrlm_cli.envs.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_environment(),
+            start_new_session=True,
+            close_fds=True,
+            bufsize=0,
+        )
+        assert self._process.stdin and self._process.stdout and self._process.stderr
+        self._requests, self._answers, self._printed = self._process.stdin, self._process.stdout, self._process.stderr
+        for stream in (self._requests, self._answers, self._printed):
+            os.set_blocking(stream.fileno(), False)
+        self._line = b""
+
+    def ask(self, request: bytes, seconds: float) -> dict[str, Any]:
+        """The answer to one framed request.
+
+        Raises LateError, DiedError or StoppedError, after each of which the process must be killed.
+        """
+        until = time.monotonic() + seconds
+        unsent, answer = memoryview(request), b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._answers, selectors.EVENT_READ)
+            selector.register(self._printed, selectors.EVENT_READ)
+            selector.register(self._requests, selectors.EVENT_WRITE)
+            while not _complete(answer):
+                if self._stopping.is_set():
+                    raise StoppedError
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise LateError
+                ready = {key.fileobj for key, _ in selector.select(min(left, POLL_SECONDS))}
+                if self._requests in ready:
+                    unsent = unsent[self._write(unsent) :]
+                    if not unsent:
+                        selector.unregister(self._requests)
+                if self._printed in ready and not self._forward():
+                    selector.unregister(self._printed)
+                if self._answers in ready:
+                    answer += self._read(self._answers)
+                elif self._process.poll() is not None:
+                    raise DiedError(self._ending())
+        self._forward()
+        return _decode(answer)
+
+    def kill(self) -> None:
+        """End the whole process group, now."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # all of it is gone already
+        self._process.wait()
+        while self._forward():
+            pass
+        for stream in (self._requests, self._answers, self._printed):
+            stream.close()
+
+    def _write(self, data: memoryview) -> int:
+        try:
+            return self._requests.write(data[:CHUNK]) or 0
+        except BrokenPipeError:
+            raise DiedError(self._ending()) from None
+
+    def _read(self, stream: IO[bytes]) -> bytes:
+        data = stream.read(CHUNK)
+        if not data:
+            raise DiedError(self._ending())
+        return data
+
+    def _forward(self) -> bool:
+        """Pass on what was printed; False when nothing is there any more."""
+        data = self._printed.read(CHUNK)
+        *lines, self._line = (self._line + (data or b"")).split(b"\n")
+        if not data and self._line:
+            lines, self._line = [*lines, self._line], b""
+        for line in lines:
+            print(f"{self._name}: {line.decode(errors='replace')}", file=sys.stderr)
+        return bool(data)
+
+    def _ending(self) -> str:
+        """How the process ended, in words that are the same at every repetition."""
+        try:
+            code = self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return "the worker process closed its pipe"
+        if code < 0:
+            return f"the worker process was killed by signal {-code}"
+        return f"the worker process exited with code {code}"
+
+
+def _complete(answer: bytes) -> bool:
+    if len(answer) < HEADER.size:
+        return False
+    (length,) = HEADER.unpack(answer[: HEADER.size])
+    if length > MAX_FRAME:
+        raise DiedError("the worker process broke the protocol of its pipe")
+    return len(answer) >= HEADER.size + length
+
+
+def _decode(answer: bytes) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(answer[HEADER.size :])
+    return fields
+
+
+def _environment() -> dict[str, str]:
+    """This process's variables, with a path to this package where no installation gives one."""
+    root = Path(__file__).resolve().parents[2]
+    if root.name in ("site-packages", "dist-packages"):
+        return dict(os.environ)
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
