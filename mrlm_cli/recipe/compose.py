@@ -252,7 +252,7 @@ def _set(node: Node, parts: Sequence[str], value: Node, mark: Mark) -> Node:
     part, rest = parts[0], parts[1:]
     if isinstance(node.value, list):
         if not part.isdecimal() or int(part) >= len(node.value):
-            raise RecipeError(mark.says("", f"expected an index from 0 to {len(node.value) - 1}, got {part}"))
+            raise RecipeError(mark.says("", f"expected an index from 0 to {len(node.value) - 1} instead of {part!r}"))
         items = list(node.value)
         items[int(part)] = _set(items[int(part)], rest, value, mark)
         return replace(node, value=items)

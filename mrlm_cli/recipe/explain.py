@@ -15,10 +15,8 @@ from pydantic.fields import FieldInfo
 
 from mrlm_cli import registry
 from mrlm_cli.recipe import json_schema
-from mrlm_cli.recipe.schema import MODELS, Recipe
+from mrlm_cli.recipe.schema import MODELS, PLUGINS, Recipe
 from mrlm_cli.strict import Strict
-
-KINDS = {"environments": "environments", "algorithm": "algorithms", "engine": "engines"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +51,11 @@ def siblings(settings: type[Strict], path: list[str]) -> list[str]:
 
 
 def paths(own: tuple[str, type[Strict]] | None = None) -> list[str]:
-    """The path of every setting: a recipe's own, those of built-in kinds, and those of one more class under a prefix."""
+    """The path of every setting: a recipe's own, the built-in kinds', and those of one more class under a prefix."""
     found = [path for path, *_ in _recipe_fields()]
-    found += [path for kind in KINDS for _, owner in _built_in(kind) for path, *_ in fields(owner.Config, kind)]
+    for section in PLUGINS:
+        prefix = "environments.0" if section == "environments" else section
+        found += [path for _, owner in _built_in(section) for path, *_ in fields(owner.Config, prefix)]
     if own is not None:
         found += [path for path, *_ in fields(own[1], own[0])]
     return list(dict.fromkeys(found))
@@ -71,20 +71,24 @@ def _settings() -> tuple[Setting, ...]:
     found = [_setting(path, None, owner, name, info) for path, owner, name, info in _recipe_fields()]
     for variant, model in MODELS.items():
         found += [_setting(path, variant, owner, name, info) for path, owner, name, info in fields(model, "model")]
-    for kind in KINDS:
-        for variant, owner in _built_in(kind):
-            found += [_setting(path, variant, *rest) for path, *rest in fields(owner.Config, kind)]
+    for section in PLUGINS:
+        for variant, owner in _built_in(section):
+            found += [
+                _setting(path, variant, holder, name, info)
+                for path, holder, name, info in fields(owner.Config, section)
+            ]
     return tuple(found)
 
 
 def _recipe_fields() -> Iterator[tuple[str, type[Strict], str, FieldInfo]]:
     for path, owner, name, info in fields(Recipe):
-        if path.partition(".")[0] not in ("model", *KINDS) or "." not in path:
+        if path.partition(".")[0] not in ("model", *PLUGINS) or "." not in path:
             yield path, owner, name, info
 
 
-def _built_in(kind: str) -> list[tuple[str, Any]]:
-    return [(name, registry.resolve(KINDS[kind], name)) for name in registry.BUILT_IN[KINDS[kind]]]
+def _built_in(section: str) -> list[tuple[str, Any]]:
+    kind, _ = PLUGINS[section]
+    return [(name, registry.resolve(kind, name)) for name in registry.BUILT_IN[kind]]
 
 
 def _setting(path: str, variant: str | None, owner: type[Strict], name: str, info: FieldInfo) -> Setting:

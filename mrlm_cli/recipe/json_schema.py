@@ -8,10 +8,9 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from mrlm_cli import registry
-from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.recipe.schema import PLUGINS, Recipe
 from mrlm_cli.strict import Strict
 
-_SECTIONS = {"environments": "environments", "algorithm": "algorithms", "engine": "engines"}
 _BOUNDS = {
     "minimum": "of at least {}",
     "exclusiveMinimum": "above {}",
@@ -25,7 +24,7 @@ def recipe_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a whole recipe; the union of everything registered for each typed section."""
     owners = {
         (section, name): registry.resolve(kind, name)
-        for section, kind in _SECTIONS.items()
+        for section, (kind, _) in PLUGINS.items()
         for name in registry.names(kind)
     }
     references, definitions = models_json_schema(
@@ -35,15 +34,13 @@ def recipe_schema() -> dict[str, Any]:
     schemas: dict[str, Any] = definitions["$defs"]
     schema = dict(schemas.pop(references[Recipe, "validation"]["$ref"].rpartition("/")[2]))
     properties = dict(schema["properties"])
-    for section in _SECTIONS:
+    for section in PLUGINS:
         branches: list[dict[str, Any]] = [_plugin()]
         for (owned, name), owner in owners.items():
             if owned == section:
                 reference = references[owner.Config, "validation"]["$ref"]
                 own = schemas[reference.rpartition("/")[2]]
-                branches.append(
-                    {**own, "properties": {**own["properties"], "type": {"const": name}}, "required": _required(own)}
-                )
+                branches.append({**own, "properties": {**own["properties"], "type": {"const": name}}})
         union: dict[str, Any] = {"anyOf": branches}
         description = properties[section].get("description", "")
         if section == "environments":
@@ -67,10 +64,6 @@ def words(settings: type[Strict], name: str) -> str:
     """A setting's type and range in words, e.g. `number above 0, at most 1, or null`."""
     schema = settings.model_json_schema()
     return _words(schema["properties"][name], schema.get("$defs", {}))
-
-
-def _required(own: Mapping[str, Any]) -> list[str]:
-    return [*own.get("required", ())]
 
 
 def _plugin() -> dict[str, Any]:

@@ -157,7 +157,7 @@ class _Builder:
     def _node(self, event: Any, path: list[str], key: Mark | None) -> Node:
         mark = self._mark(event)
         if isinstance(event, yaml.AliasEvent):
-            return self._alias(event.anchor, mark, path, key)
+            return self._alias(str(event.anchor), mark, path, key)
         if event.tag is not None:
             raise self._wrong(mark, f"tag {event.tag} is not allowed; write a plain value", path)
         if len(path) > DEEPEST:

@@ -29,6 +29,11 @@ MODELS: dict[str, type[ScratchModel] | type[PretrainedModel]] = {
     "scratch": ScratchModel,
     "pretrained": PretrainedModel,
 }
+PLUGINS: dict[str, tuple[str, type[Strict]]] = {  # section -> kind in the registry, base of its Config
+    "environments": ("environments", EnvironmentSettings),
+    "algorithm": ("algorithms", AlgorithmSettings),
+    "engine": ("engines", EngineSettings),
+}
 
 
 class Head(Strict):
@@ -100,7 +105,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
         elif sampling.max_tokens is None and sampling.max_new_tokens >= context:
             yield (
                 ("sampling", "max_new_tokens"),
-                f"got {sampling.max_new_tokens}; expected less than model.context = {context}, which holds the prompt too",
+                f"got {sampling.max_new_tokens}; expected less than model.context = {context}, "
+                "which holds the prompt too",
             )
     if sampling.max_tokens is not None and sampling.max_new_tokens >= sampling.max_tokens:
         yield (

@@ -36,9 +36,9 @@ class Chat(Strict):
     """How messages become tokens."""
 
     template: Literal["auto", "model", "plain"] = "auto"
-    """`model` uses the tokenizer's chat template, `plain` joins the contents, `auto` takes the first if there is one."""
+    """`model` uses the tokenizer's chat template, `plain` joins the contents, `auto` prefers the first."""
     system: str | None = None
-    """A system message put before every conversation that brings none; an empty string gives an empty one, null none."""
+    """A system message before every conversation that brings none; an empty string gives an empty one, null none."""
 
 
 class ScratchModel(Strict):

@@ -15,14 +15,9 @@ from mrlm_cli.errors import UserError
 from mrlm_cli.recipe import explain
 from mrlm_cli.recipe.problems import Problems, locate, near, sentence, shown, suggestion
 from mrlm_cli.recipe.reading import Mark, Node
-from mrlm_cli.recipe.schema import MODELS, Head, Recipe
-from mrlm_cli.strict import AlgorithmSettings, EngineSettings, EnvironmentSettings, Strict
+from mrlm_cli.recipe.schema import MODELS, PLUGINS, Head, Recipe
+from mrlm_cli.strict import EngineSettings, EnvironmentSettings, Strict
 
-PLUGINS: dict[str, tuple[str, type[Strict]]] = {
-    "algorithm": ("algorithms", AlgorithmSettings),
-    "engine": ("engines", EngineSettings),
-    "environments": ("environments", EnvironmentSettings),
-}
 SCIENCE = ("algorithm", "environments", "data")  # a file with none of these is a fragment
 
 
@@ -105,11 +100,11 @@ def _found(text: str, folders: Sequence[Path]) -> str:
     if not place or "\0" in place or (place == text and "/" not in place and not place.endswith(".gguf")):
         return text  # a registered name; a bare word beside a folder of the same name stays a hub id
     for folder in folders:
-        candidate = folder / place
+        candidate = folder / Path(place).expanduser()
         try:
             if candidate.exists():
                 return f"{candidate.resolve()}{colon}{name}" if place != text else str(candidate.resolve())
-        except OSError:  # a name too long for the file system is no path
+        except (OSError, RuntimeError):  # too long for the file system, or of an unknown user: no path
             return text
     return text
 

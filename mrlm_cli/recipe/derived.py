@@ -1,0 +1,79 @@
+"""Numbers that follow from a recipe, without building anything and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mrlm_cli import registry
+from mrlm_cli.recipe import shape
+from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.recipe.shape import Shape
+
+MIB = 2**20
+_PROCESS = 450 * MIB  # Python, torch and transformers before a model, measured on CPU
+_CHUNK_LOGITS = 2**24  # logits held at once by a scoring pass, a rule of formulas.logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """What `mrlm show` adds to a recipe. None: not to be known without the model's files."""
+
+    episodes_per_step: int
+    optimizer_steps_per_iteration: int
+    optimizer_steps: int
+    chosen_tokens_per_step_at_most: int | None
+    tokens_per_step_at_most: int | None
+    policy_parameters: int | None
+    value_parameters: int | None
+    memory_estimate_mib: int | None
+
+
+def derive(recipe: Recipe, folders: Sequence[Path] = ()) -> Derived:
+    """The numbers; `folders` are where a plugin's file lies. Raises CheckpointError for unreadable model files."""
+    sampling, optimizer, episodes = recipe.sampling, recipe.optimizer, recipe.episodes_per_step
+    found = shape.of(recipe.model)
+    longest = sampling.max_tokens if found is None or found.context is None else found.context
+    if longest is not None and sampling.max_tokens is not None:
+        longest = min(longest, sampling.max_tokens)
+    chosen = sampling.max_new_tokens * sampling.max_turns
+    if longest is not None:
+        chosen = min(chosen, longest - 1)  # a prompt has at least one token
+    value = None if found is None else shape.value_parameters(recipe.model, found)
+    memory = None
+    if found is not None and value is not None and longest is not None:
+        reference = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm).needs.reference
+        memory = round(_memory(recipe, found, value, longest, reference) / MIB)
+    steps = optimizer.passes * optimizer.minibatches
+    return Derived(
+        episodes_per_step=episodes,
+        optimizer_steps_per_iteration=steps,
+        optimizer_steps=steps * recipe.steps,
+        chosen_tokens_per_step_at_most=episodes * chosen,
+        tokens_per_step_at_most=None if longest is None else episodes * longest,
+        policy_parameters=None if found is None else found.parameters,
+        value_parameters=value,
+        memory_estimate_mib=memory,
+    )
+
+
+def _memory(recipe: Recipe, found: Shape, value: int, longest: int, reference: bool) -> float:
+    """Bytes at the peak of an iteration: process, weights, gradients, Adam, activations, logits, keys and values.
+
+    An estimate, good to a factor of two: what an allocator keeps and a kernel borrows is not counted, and episodes are
+    taken to be as long as they may be.
+    """
+    number = 2 if recipe.hardware.precision == "bfloat16" else 4
+    weights = (found.parameters + value) * (4 + 4 + 8)  # fp32 masters, gradients, two Adam moments
+    copies = found.parameters * ((4 if reference else 0) + (2 if number == 2 else 0))
+    tokens = max(recipe.optimizer.tokens_per_micro_batch, longest)
+    layer = (8 * found.hidden + 2 * found.key_width + 4 * found.mlp) * number  # kept for the backward pass
+    layers = (
+        found.hidden * number * found.layers + layer if recipe.hardware.gradient_checkpointing else layer * found.layers
+    )
+    trunks = 2 if recipe.model.value.type == "separate" else 1
+    logits = 2 * 4 * min(tokens * found.vocabulary, _CHUNK_LOGITS)  # themselves and their gradient
+    cached = min(recipe.episodes_per_step * longest, getattr(recipe.engine, "max_cached_tokens", 2**63))
+    keys = cached * found.layers * 2 * found.key_width * number
+    return _PROCESS + weights + copies + max(tokens * layers * trunks + logits, keys)

@@ -1,0 +1,115 @@
+"""The shape of a model, read without building it: from a scratch section, or from config.json and safetensors headers.
+
+What cannot be known from files (a hub id, a model not fetched yet, a GGUF file) is None.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mrlm_cli.errors import CheckpointError
+from mrlm_cli.recipe.sections import PretrainedModel, ScratchModel
+
+SPECIAL_TOKENS = 3  # padding, end and unknown, before the scratch alphabet
+_LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a causal language model. `parameters` counts tied weights once; `head`: an untied LM head's."""
+
+    parameters: int
+    head: int
+    layers: int
+    hidden: int
+    mlp: int
+    key_width: int  # keys of one token and layer: key-value heads x head width
+    vocabulary: int
+    context: int | None
+
+
+def of(model: ScratchModel | PretrainedModel) -> Shape | None:
+    """The model's shape; None if its files are not here. Raises CheckpointError for files that cannot be read."""
+    if isinstance(model, ScratchModel):
+        return _scratch(model)
+    directory = _directory(Path(model.path).expanduser())
+    return None if directory is None else _pretrained(directory)
+
+
+def value_parameters(model: ScratchModel | PretrainedModel, shape: Shape) -> int:
+    """Parameters of the value function: a head of H + 1 (linear), H² + 2H + 1 (mlp), and a critic's own trunk."""
+    width = shape.hidden
+    head = width + 1 + (width * width + width if model.value.head == "mlp" else 0)
+    return head + (shape.parameters - shape.head if model.value.type == "separate" else 0)
+
+
+def _scratch(model: ScratchModel) -> Shape:
+    width, mlp = model.hidden, model.mlp or 2 * model.hidden
+    words = SPECIAL_TOKENS + (256 if model.tokenizer == "bytes" else len(model.characters))
+    layer = 4 * width * width + 3 * width * mlp + 2 * width  # attention, gated MLP, two norms; no biases
+    parameters = words * width + model.layers * layer + width  # the head is tied to the embedding
+    return Shape(parameters, 0, model.layers, width, mlp, width, words, model.context)
+
+
+def _directory(path: Path) -> Path | None:
+    """The model's directory that a model, checkpoint or run directory means."""
+    for candidate in (path, path / "policy", path / "checkpoints" / "latest" / "policy"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    return None
+
+
+def _pretrained(directory: Path) -> Shape | None:
+    config = _json(directory / "config.json")
+    config = config.get("text_config", config)
+    sizes: dict[str, int] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        sizes |= _tensors(file)
+    hidden = _first(config, "hidden_size", "n_embd")
+    layers = _first(config, "num_hidden_layers", "n_layer")
+    heads = _first(config, "num_attention_heads", "n_head")
+    words = _first(config, "vocab_size")
+    if not sizes or hidden is None or layers is None or heads is None or words is None:
+        return None
+    key_heads = _first(config, "num_key_value_heads") or heads
+    return Shape(
+        parameters=sum(sizes.values()),
+        head=sizes.get("lm_head.weight", 0),
+        layers=layers,
+        hidden=hidden,
+        mlp=_first(config, "intermediate_size", "n_inner") or 4 * hidden,
+        key_width=key_heads * (_first(config, "head_dim") or hidden // heads),
+        vocabulary=words,
+        context=_first(config, "max_position_embeddings", "n_positions"),
+    )
+
+
+def _tensors(file: Path) -> dict[str, int]:
+    """Elements of every tensor by name, from the header: 8 bytes of its length, then JSON."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(length, _LARGEST_HEADER)))
+        return {name: math.prod(header[name]["shape"]) for name in header if name != "__metadata__"}
+    except (OSError, ValueError, TypeError, KeyError, struct.error) as error:
+        raise CheckpointError(f"{file} is not a readable safetensors file") from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} does not describe a model")
+    return content
+
+
+def _first(config: Mapping[str, Any], *names: str) -> int | None:
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
