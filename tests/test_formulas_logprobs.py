@@ -107,3 +107,24 @@ def test_nan_is_not_hidden_and_minus_infinity_is_probability_zero():
     assert entropy[1].item() == pytest.approx(math.log(2))
     (gradient,) = torch.autograd.grad((found[1], entropy[1]), logits, (torch.tensor(1.0), torch.tensor(1.0)))
     torch.testing.assert_close(gradient[1], torch.tensor([-0.5, 0.0, 0.5]))
+
+
+def test_chunks_under_autocast_have_the_gradient_of_one_chunk(monkeypatch):
+    """The recomputed chunk must run in bf16 like the first one, although the backward pass is outside of autocast."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(12, 8, generator=generator).requires_grad_()
+    linear = torch.nn.Linear(8, 40, bias=False)
+    linear.weight.data = torch.randn(40, 8, generator=generator)
+    targets = torch.arange(12)
+    results = []
+    for rows in (12, 5):
+        monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 40 * rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = chunked_logprobs(hidden, targets, linear, 40, 1.0, True)
+        assert found[0].dtype == found[1].dtype == torch.float32
+        gradients = torch.autograd.grad(found, (hidden, linear.weight), (torch.ones(12), torch.ones(12)))
+        results.append((*found, *gradients))
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right, rtol=2e-2, atol=2e-2)
+    exact = reference(hidden.double(), targets, lambda x: x @ linear.weight.double().T, 1.0)[0]
+    assert (results[0][0].double() - exact).abs().max() > 1e-4  # the product really was in bf16

@@ -47,7 +47,7 @@ class KL(Strict):
     coef: Annotated[float, Field(ge=0, le=100)] = 0.0
     """β, in reward per nat (form reward) or as factor on the loss term; 0 needs no reference model."""
     form: Literal["reward", "k2", "k3", "k3+"] = "reward"
-    """`reward` takes β·(log π − log π_ref) off each chosen token's reward; k2, k3, k3+ (k2's gradient) add to the loss."""
+    """`reward` takes β·(log π − log π_ref) off each chosen token's reward; k2, k3, k3+ (gradient of k2) are losses."""
     target: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """KL in nats an episode towards which β adapts after every iteration; null keeps β fixed."""
     horizon: Annotated[int, Field(ge=1, le=1_000_000_000)] = 10_000
@@ -102,7 +102,7 @@ class PPO:
         reward_scale: bool = False
         """Divide rewards by the running standard deviation of the episodes' rewards since the start of the run."""
         truncation: Literal["terminal", "bootstrap", "mask"] = "terminal"
-        """A cut episode: `terminal` is scored as it stands, `bootstrap` goes on with its last value, `mask` is left out."""
+        """A cut episode: `terminal` is scored as it stands, `bootstrap` adds its last value, `mask` leaves it out."""
         missing_end_penalty: Annotated[float, Field(ge=0, le=1e6)] = 0.0
         """Subtracted from the reward of an episode whose last reply was cut by length; for truncation terminal only."""
         target_kl: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -265,7 +265,7 @@ class PPO:
             rewards = rewards.clamp(*config.reward_clip)
         if config.missing_end_penalty > 0:
             cut = (batch.truncated & ~batch.ended)[:, None] & formulas.advantages.last_chosen(active)
-            rewards = rewards - config.missing_end_penalty * cut
+            rewards = rewards - config.missing_end_penalty * cut.to(rewards.dtype)
         if config.reward_scale:
             self._observe_rewards(rewards[active.any(1)].double().sum(1))
             scale = self._reward_std()

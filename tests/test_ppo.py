@@ -1,0 +1,606 @@
+"""PPO's credit and loss against a slow reference in Python floats, and the invariances that training rests on."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from mrlm_cli import metrics, registry
+from mrlm_cli.algorithms.ppo import PPO
+from mrlm_cli.errors import CheckpointError
+from mrlm_cli.records import Batch, PolicyOut, Progress
+
+START = Progress(0, 10)
+EVERYTHING = {
+    "clip": [0.1, 0.3],
+    "dual_clip": 1.5,
+    "gamma": 0.9,
+    "gae_lambda": 0.8,
+    "gae_lambda_value": 0.95,
+    "value_clip": 0.3,
+    "entropy": {"coef": 0.1, "schedule": "linear", "floor": 0.1},
+    "whiten_rewards": True,
+    "reward_clip": [-1.0, 0.8],
+    "reward_scale": True,
+    "importance_cap": 1.4,
+}
+SETTINGS = {
+    "defaults": {},
+    "plain": {"whiten_advantages": False, "gamma": 0.97},
+    "kl in the reward": {"kl": {"coef": 0.2}, "missing_end_penalty": 0.5},
+    "k2": {"kl": {"coef": 0.2, "form": "k2"}, "aggregation": "sequence"},
+    "k3": {"kl": {"coef": 0.2, "form": "k3"}, "aggregation": "constant", "constant_length": 9},
+    "k3+": {"kl": {"coef": 0.2, "form": "k3+"}, "truncation": "mask"},
+    "bootstrap": {"truncation": "bootstrap", "gamma": 0.8},
+    "everything": {**EVERYTHING, "kl": {"coef": 0.05, "target": 1.0, "horizon": 50}, "missing_end_penalty": 0.2},
+    "everything, masked": {**EVERYTHING, "truncation": "mask", "aggregation": "sequence"},
+}
+
+
+def ppo(**settings):
+    return PPO(PPO.Config(type="ppo", **settings))
+
+
+def make_batch(seed=0, rows=6, width=14, dtype=torch.float64):
+    """Random multi-turn episodes of different lengths; a reward ends each run of chosen tokens; one row chose none."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(width // 2, width + 1, (rows,), generator=generator)
+    lengths[0] = width
+    mask = torch.rand(rows, width, generator=generator) < 0.6
+    mask &= (torch.arange(width) > 0) & (torch.arange(width) < lengths[:, None])
+    mask[-1] = False
+    run_ends = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+
+    def normal(*shape, scale=1.0):
+        return scale * torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    old = -normal(rows, width).abs()
+    where = mask.to(dtype)
+    return Batch(
+        tokens=torch.randint(0, 9, (rows, width), generator=generator),
+        lengths=lengths,
+        mask=mask,
+        score=mask,
+        logprobs=(old + normal(rows, width, scale=0.3)) * where,
+        rewards=normal(rows, width) * run_ends,
+        weights=where,
+        mass=where.sum(1),
+        episode=torch.arange(rows),
+        group=torch.arange(rows),
+        unit=torch.arange(rows),
+        truncated=torch.arange(rows) % 3 == 0,
+        ended=torch.arange(rows) % 6 != 0,
+        old_logprobs=old * where,
+        ref_logprobs=(old + normal(rows, width, scale=0.5)) * where,
+        values=normal(rows, width) * where,
+        final_values=normal(rows),
+    )
+
+
+def make_out(batch, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(scale):
+        x = scale * torch.randn(batch.mask.shape, generator=generator, dtype=torch.float64)
+        return x.to(batch.rewards.dtype) * batch.mask
+
+    return PolicyOut(
+        logprobs=(batch.old_logprobs + normal(0.4)).requires_grad_(),
+        entropy=normal(1.0).abs().requires_grad_(),
+        values=(batch.values + normal(0.5)).requires_grad_(),
+        final_values=None,
+    )
+
+
+def spread(numbers):
+    mean = math.fsum(numbers) / len(numbers)
+    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in numbers) / (len(numbers) - 1))
+
+
+def slow_credit(config, batch):
+    """Advantages, returns, weights as {(row, t): number} and mass [row] of a first step, one loop after the other."""
+    rows = range(len(batch.mask))
+    chosen = {b: [t for t, one in enumerate(batch.mask[b].tolist()) if one] for b in rows}
+    if config.truncation == "mask":
+        chosen = {b: [] if batch.truncated[b] else chosen[b] for b in rows}
+    places = [(b, t) for b in rows for t in chosen[b]]
+    reward = {place: batch.rewards[place].item() for place in places}
+    if config.reward_clip:
+        low, high = config.reward_clip
+        reward = {place: min(max(x, low), high) for place, x in reward.items()}
+    for b in rows:
+        if chosen[b] and batch.truncated[b] and not batch.ended[b]:
+            reward[b, chosen[b][-1]] -= config.missing_end_penalty
+    if config.reward_scale:
+        _, std = spread([sum(reward[b, t] for t in chosen[b]) for b in rows if chosen[b]])
+        reward = {place: x / std for place, x in reward.items()}
+    if config.kl.form == "reward" and config.kl.coef > 0:
+        for place in places:
+            reward[place] -= config.kl.coef * (batch.old_logprobs[place] - batch.ref_logprobs[place]).item()
+    if config.whiten_rewards:
+        mean, std = spread(list(reward.values()))
+        reward = {place: (x - mean) / std + mean for place, x in reward.items()}
+
+    def estimate(gae_lambda):
+        found = {}
+        for b in rows:
+            advantage, following = 0.0, 0.0
+            if config.truncation == "bootstrap" and batch.truncated[b]:
+                following = batch.final_values[b].item()
+            for t in reversed(chosen[b]):
+                value = batch.values[b, t].item()
+                advantage = reward[b, t] + config.gamma * following - value + config.gamma * gae_lambda * advantage
+                following = value
+                found[b, t] = advantage
+        return found
+
+    advantages = estimate(config.gae_lambda)
+    value_lambda = config.gae_lambda if config.gae_lambda_value is None else config.gae_lambda_value
+    returns = {place: x + batch.values[place].item() for place, x in estimate(value_lambda).items()}
+    if config.whiten_advantages:
+        mean, std = spread(list(advantages.values()))
+        advantages = {place: (x - mean) / std for place, x in advantages.items()}
+    weights = {(b, t): 1 / len(chosen[b]) if config.aggregation == "sequence" else 1.0 for b, t in places}
+    of_row = {"token": len, "sequence": bool, "constant": lambda turn: bool(turn) * config.constant_length}
+    mass = [float(of_row[config.aggregation](chosen[b])) for b in rows]
+    return advantages, returns, weights, mass
+
+
+def scattered(numbers, like):
+    result = torch.zeros_like(like)
+    for place, x in numbers.items():
+        result[place] = x
+    return result
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("seed", range(3))
+def test_credit_equals_the_slow_reference(name, seed):
+    algorithm, batch = ppo(**SETTINGS[name]), make_batch(seed)
+    found, _ = algorithm.credit(batch, START)
+    advantages, returns, weights, mass = slow_credit(algorithm.config, batch)
+    for left, right in ((found.advantages, advantages), (found.returns, returns), (found.weights, weights)):
+        torch.testing.assert_close(left, scattered(right, left), rtol=1e-11, atol=1e-11)
+    assert found.mass.tolist() == mass
+
+
+def slow_loss(algorithm, out, batch, progress):
+    config, total = algorithm.config, {"mass": 0.0, "tokens": 0.0}
+    factor = 1 - 0.9 * progress.step / progress.steps if config.entropy.schedule == "linear" else 1.0
+    for b, t in batch.mask.nonzero().tolist():
+        if batch.mass[b] == 0:
+            continue
+        new, old, value, was, target, advantage = (
+            x[b, t].item()
+            for x in (out.logprobs, batch.old_logprobs, out.values, batch.values, batch.returns, batch.advantages)
+        )
+        ratio = math.exp(new - old)
+        term = max(-advantage * ratio, -advantage * min(max(ratio, 1 - config.clip[0]), 1 + config.clip[1]))
+        if config.dual_clip and advantage < 0:
+            term = min(term, -advantage * config.dual_clip)
+        if config.importance_cap:
+            term *= min(config.importance_cap, math.exp(old - batch.logprobs[b, t].item()))
+        k1 = new - batch.ref_logprobs[b, t].item()
+        estimate = {"reward": 0.0, "k2": k1**2 / 2, "k3": math.exp(-k1) - 1 + k1, "k3+": math.exp(-k1) - 1 + k1}
+        term += config.kl.coef * estimate[config.kl.form]
+        total["mass"] += batch.weights[b, t].item() * term
+        error = (value - target) ** 2
+        if config.value_clip:
+            near = min(max(value, was - config.value_clip), was + config.value_clip)
+            error = max(error, (near - target) ** 2)
+        total["tokens"] += config.value_coef * error / 2 - config.entropy.coef * factor * out.entropy[b, t].item()
+    return total
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("seed", range(2))
+def test_loss_equals_the_slow_reference(name, seed):
+    algorithm, progress = ppo(**SETTINGS[name]), Progress(4, 10)
+    batch, _ = algorithm.credit(make_batch(seed), progress)
+    out = make_out(batch, seed + 10)
+    found, _ = algorithm.loss(out, batch, progress)
+    expected = slow_loss(algorithm, out, batch, progress)
+    assert found["mass"].item() == pytest.approx(expected["mass"], rel=1e-11)
+    assert found["tokens"].item() == pytest.approx(expected["tokens"], rel=1e-11)
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "k3+"])  # its gradient is another's on purpose
+def test_loss_has_the_gradient_of_finite_differences(name):
+    algorithm = ppo(**SETTINGS[name])
+    batch, _ = algorithm.credit(make_batch(rows=4, width=8), START)
+    out = make_out(batch)
+
+    def sums(logprobs, entropy, values):
+        found, _ = algorithm.loss(PolicyOut(logprobs, entropy, values, None), batch, START)
+        return found["mass"], found["tokens"]
+
+    assert torch.autograd.gradcheck(sums, (out.logprobs, out.entropy, out.values))
+
+
+def gradient(algorithm, batch, out, rows, progress=START):
+    """Loss and gradient of an optimizer step in micro-batches of the given rows, normalised as the update does it."""
+    mass, tokens = batch.mass.sum(), (batch.weights > 0).sum()
+    total, measured = 0.0, metrics.Sums()
+    for index in rows:
+        part = batch.rows(index)
+        width = part.mask.shape[1]
+        parts = PolicyOut(out.logprobs[index, :width], out.entropy[index, :width], out.values[index, :width], None)
+        found, sums = algorithm.loss(parts, part, progress)
+        total = total + found["mass"] / mass + found["tokens"] / tokens
+        measured.update(sums)
+    return total, torch.autograd.grad(total, (out.logprobs, out.entropy, out.values)), measured.means()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_micro_batches_change_nothing(name):
+    algorithm = ppo(**SETTINGS[name])
+    batch, _ = algorithm.credit(make_batch(), START)
+    out = make_out(batch)
+    whole = gradient(algorithm, batch, out, [torch.arange(6)])
+    for cut in ([[0], [1], [2], [3], [4], [5]], [[5, 0], [3, 1], [4, 2]], [[4, 5, 1], [0, 3, 2]]):
+        loss, gradients, measured = gradient(algorithm, batch, out, [torch.tensor(rows) for rows in cut])
+        torch.testing.assert_close(loss, whole[0], rtol=1e-10, atol=1e-12)
+        for left, right in zip(gradients, whole[1], strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)
+        assert measured == pytest.approx(whole[2], rel=1e-10)
+
+
+def each_field(batch, change):
+    fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    return Batch(**{name: change(x) for name, x in fields.items() if x is not None})
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_padding_and_order_of_rows_change_nothing(name):
+    batch, order = make_batch(), torch.tensor([3, 5, 0, 4, 1, 2])
+    one, two, three = (ppo(**SETTINGS[name]) for _ in range(3))
+    expected, measured = one.credit(batch, START)
+    padded, measured_padded = two.credit(
+        each_field(batch, lambda x: torch.nn.functional.pad(x, (0, 5)) if x.ndim == 2 else x), START
+    )
+    permuted, measured_permuted = three.credit(each_field(batch, lambda x: x[order]), START)
+    for field in ("advantages", "returns", "weights"):
+        found, right = getattr(padded, field), getattr(expected, field)
+        torch.testing.assert_close(found[:, :14], right, rtol=1e-12, atol=1e-12)
+        assert not found[:, 14:].any()
+        torch.testing.assert_close(getattr(permuted, field), right[order], rtol=1e-12, atol=1e-12)
+    assert measured_padded.means() == pytest.approx(measured.means(), rel=1e-10)
+    assert measured_permuted.means() == pytest.approx(measured.means(), rel=1e-10)
+    assert three.state() == pytest.approx(one.state())
+    out = make_out(expected)
+    wide = PolicyOut(*(torch.nn.functional.pad(x, (0, 5)) for x in (out.logprobs, out.entropy, out.values)), None)
+    found, right = two.loss(wide, padded, START)[0], one.loss(out, expected, START)[0]
+    torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_nan_outside_the_chosen_tokens_is_harmless_and_inside_it_is_seen(name):
+    batch = make_batch()
+    excluded = batch.truncated if SETTINGS[name].get("truncation") == "mask" else torch.zeros(6, dtype=torch.bool)
+    outside = ~batch.mask | excluded[:, None]
+
+    def dirty(x):
+        poisoned = x.is_floating_point() and x.ndim == 2
+        return torch.where(outside, torch.nan, x) if poisoned else x
+
+    one, two = ppo(**SETTINGS[name]), ppo(**SETTINGS[name])
+    clean, _ = one.credit(batch, START)
+    found, _ = two.credit(each_field(batch, dirty), START)
+    for field in ("advantages", "returns", "weights", "mass"):
+        assert torch.equal(getattr(found, field), getattr(clean, field))
+    out = make_out(clean)
+    poisoned = PolicyOut(*(dirty(x).detach().requires_grad_() for x in (out.logprobs, out.entropy, out.values)), None)
+    loss, gradients, _ = gradient(one, clean, out, [torch.arange(6)])
+    dirty_loss, dirty_gradients, _ = gradient(two, found, poisoned, [torch.arange(6)])
+    assert torch.equal(loss, dirty_loss)
+    assert all(torch.equal(left, right) for left, right in zip(gradients, dirty_gradients, strict=True))
+    with torch.no_grad():
+        out.logprobs[tuple((clean.weights > 0).nonzero()[0])] = torch.nan
+    assert one.loss(out, clean, START)[0]["mass"].isnan()
+
+
+def test_first_optimizer_step_has_ratio_one():
+    algorithm = ppo(kl={"coef": 0.1, "form": "k3"})
+    batch = make_batch()
+    batch, _ = algorithm.credit(batch.replace(ref_logprobs=batch.old_logprobs), START)
+    logprobs = batch.old_logprobs.clone().requires_grad_()
+    found, sums = algorithm.loss(PolicyOut(logprobs, batch.values, batch.values, None), batch, START)
+    (slope,) = torch.autograd.grad(found["mass"], logprobs)
+    torch.testing.assert_close(slope, -batch.advantages * batch.weights)
+    measured = sums.means()
+    assert [measured[name] for name in ("approx_kl", "clip_fraction", "policy_moved", "kl_loss")] == [0, 0, 0, 0]
+
+
+def one_row(rewards, *, truncated=False, ended=True, logprob_gap=0.0, value=0.0, final=0.0):
+    """One episode: a prompt token, then every token chosen; log π − log π_ref is `logprob_gap` everywhere."""
+    width = len(rewards) + 1
+    mask = torch.tensor([[False] + [True] * len(rewards)])
+    zero = torch.zeros(1, width, dtype=torch.float64)
+    return Batch(
+        tokens=torch.zeros(1, width, dtype=torch.int64),
+        lengths=torch.tensor([width]),
+        mask=mask,
+        score=mask,
+        logprobs=zero,
+        rewards=torch.tensor([[0.0, *rewards]], dtype=torch.float64),
+        weights=mask.double(),
+        mass=mask.double().sum(1),
+        episode=torch.tensor([0]),
+        group=torch.tensor([0]),
+        unit=torch.tensor([0]),
+        truncated=torch.tensor([truncated]),
+        ended=torch.tensor([ended]),
+        old_logprobs=zero,
+        ref_logprobs=zero - logprob_gap * mask.double(),
+        values=zero + value * mask.double(),
+        final_values=torch.tensor([final], dtype=torch.float64),
+    )
+
+
+def test_order_of_rewards_by_hand():
+    algorithm = ppo(
+        gamma=0.0, gae_lambda=0.0, whiten_advantages=False, reward_clip=[-1.0, 2.0], missing_end_penalty=0.5,
+        reward_scale=True, kl={"coef": 0.1}, whiten_rewards=True,
+    )  # fmt: skip
+    algorithm.load_state({**algorithm.state(), "reward_count": 4, "reward_mean": 1.5, "reward_m2": 8.0})
+    batch, sums = algorithm.credit(one_row([0.0, -3.0, 5.0], truncated=True, ended=False, logprob_gap=3.0), START)
+    clipped = [0.0, -1.0, 2.0 - 0.5]  # the penalty comes after the clip and is not clipped away
+    m2 = 8.0 + (sum(clipped) - 1.5) ** 2 * 4 / 5  # the running moments take this episode's reward in first
+    scale = math.sqrt(m2 / 4)
+    penalised = [x / scale - 0.1 * 3.0 for x in clipped]  # β is in reward per nat, whatever the scale
+    mean, std = spread(penalised)
+    expected = [(x - mean) / std + mean for x in penalised]  # γ = λ = V = 0: the returns are the rewards
+    assert batch.returns[0, 1:].tolist() == pytest.approx(expected, rel=1e-12)
+    assert sums.means()["reward_scale"] == pytest.approx(scale)
+    assert sums.means()["kl"] == pytest.approx(9.0)
+
+
+def test_running_reward_scale_is_the_std_of_all_rewards_so_far():
+    algorithm, rewards = ppo(reward_scale=True), []
+    for step, seed in enumerate(range(4)):
+        batch = make_batch(seed)
+        rewards += batch.rewards.sum(1)[batch.mask.any(1)].tolist()
+        _, sums = algorithm.credit(batch, Progress(step, 10))
+        assert sums.means()["reward_scale"] == pytest.approx(spread(rewards)[1], rel=1e-12)
+    single, sums = ppo(reward_scale=True).credit(one_row([3.0]), START)
+    assert sums.means()["reward_scale"] == 1.0  # one reward has no spread yet
+    assert single.returns[0, 1].item() == 3.0
+
+
+def test_adaptive_kl_coefficient_by_hand():
+    algorithm = ppo(kl={"coef": 0.1, "target": 4.0, "horizon": 10}, whiten_advantages=False, gae_lambda=1.0)
+    coefficient = 0.1
+    for step, (gap, error) in enumerate([(2.2, 0.1), (20.0, 0.2), (0.2, -0.2), (2.0, 0.0), (-9.0, -0.2)]):
+        batch, sums = algorithm.credit(one_row([0.0, 1.0], logprob_gap=gap), Progress(step, 10))
+        assert sums.means()["kl"] == pytest.approx(2 * gap)
+        assert sums.means()["kl_coef"] == pytest.approx(coefficient, rel=1e-12)
+        assert batch.returns[0, 1].item() == pytest.approx(1.0 - coefficient * 2 * gap)  # the old coefficient
+        coefficient *= 1 + error * 1 / 10
+        assert algorithm.state()["kl_coef"] == pytest.approx(coefficient, rel=1e-12)
+
+
+def test_many_episodes_move_the_kl_coefficient_by_a_fifth_at_most():
+    algorithm = ppo(kl={"coef": 0.1, "target": 1000.0, "horizon": 2})
+    algorithm.credit(make_batch(), START)
+    assert algorithm.state()["kl_coef"] == pytest.approx(0.08)
+
+
+def test_loss_uses_the_kl_coefficient_of_its_iteration():
+    algorithm = ppo(kl={"coef": 0.1, "target": 1000.0, "horizon": 2, "form": "k2"}, whiten_advantages=False)
+    batch, sums = algorithm.credit(one_row([0.0], logprob_gap=3.0), START)
+    found, _ = algorithm.loss(PolicyOut(batch.old_logprobs, batch.values, batch.values, None), batch, START)
+    assert found["mass"].item() == pytest.approx(sums.means()["kl_coef"] * 4.5)
+    assert algorithm.state()["kl_coef"] < sums.means()["kl_coef"]
+
+
+def test_a_step_that_is_not_finite_leaves_the_state_alone():
+    algorithm = ppo(kl={"coef": 0.1, "target": 4.0}, reward_scale=True)
+    before = algorithm.state()
+    algorithm.credit(one_row([math.nan], logprob_gap=math.inf), START)
+    assert algorithm.state() == before
+
+
+def fixed_point(reward, *, rounds=400, cut_reward_is_paid=True, **settings):
+    """V ← mean return, again and again, where every episode is cut and a constant critic says V everywhere."""
+    algorithm = ppo(whiten_advantages=False, **settings)
+    value, trained = 0.5, 0
+    for _ in range(rounds):
+        rewards = [0.0, 0.0, reward if cut_reward_is_paid else 0.0]
+        batch, _ = algorithm.credit(one_row(rewards, truncated=True, ended=False, value=value, final=value), START)
+        if batch.mass.sum() > 0:
+            value = (batch.returns * batch.weights).sum().item() / batch.weights.sum().item()
+            trained += 1
+    return value, trained
+
+
+def test_values_stay_bounded_when_every_episode_is_cut():
+    value, _ = fixed_point(1.0, truncation="terminal")
+    assert value == pytest.approx(1.0)  # the cut reply is scored as it stands, and nothing follows
+    value, _ = fixed_point(1.0, truncation="terminal", missing_end_penalty=0.25)
+    assert value == pytest.approx(0.75)
+    value, _ = fixed_point(1.0, truncation="bootstrap", cut_reward_is_paid=False)
+    assert value == pytest.approx(0.5)  # the environment was not asked: V stays where it began, it does not climb
+    value, _ = fixed_point(1.0, truncation="bootstrap", gamma=0.9, gae_lambda=1.0)
+    assert 0 < value < 1 / (1 - 0.9)  # paid a constant reward for ever, bounded by the discount
+    value, trained = fixed_point(1.0, truncation="mask")
+    assert (value, trained) == (0.5, 0)
+    value, _ = fixed_point(1.0, truncation="bootstrap")
+    assert value > 100  # the mistake that this guards against: score the cut reply and go on as well
+
+
+@pytest.mark.parametrize(("truncated", "ended", "penalty"), [(True, False, 1.0), (True, True, 0.0), (False, True, 0.0)])
+def test_missing_end_penalty_is_for_episodes_cut_by_length(truncated, ended, penalty):
+    algorithm = ppo(missing_end_penalty=1.0, whiten_advantages=False)
+    batch, _ = algorithm.credit(one_row([0.0, 2.0], truncated=truncated, ended=ended, final=7.0), START)
+    assert batch.returns[0, 2].item() == 2.0 - penalty
+
+
+def test_final_value_counts_only_after_a_cut_and_only_with_bootstrap():
+    for truncation, truncated, expected in [
+        ("bootstrap", True, 2.0 + 0.5 * 7.0),
+        ("bootstrap", False, 2.0),
+        ("terminal", True, 2.0),
+    ]:
+        algorithm = ppo(truncation=truncation, gamma=0.5, whiten_advantages=False)
+        assert algorithm.bootstrap is (truncation == "bootstrap")
+        batch, _ = algorithm.credit(one_row([2.0], truncated=truncated, final=7.0), START)
+        assert batch.returns[0, 1].item() == expected
+
+
+def test_whitening_without_spread_says_so():
+    batch, sums = ppo(gae_lambda=1.0).credit(one_row([0.0, 0.0, 1.0]), START)
+    assert sums.means()["advantage_centred"] == 1.0
+    assert sums.means()["advantage_std"] == 0.0
+    assert not batch.advantages.any()
+    assert "explained_variance" not in sums.means()  # returns that do not vary have none
+
+
+def test_returns_come_before_whitening():
+    raw, _ = ppo(whiten_advantages=False).credit(make_batch(), START)
+    white, sums = ppo().credit(make_batch(), START)
+    assert torch.equal(raw.returns, white.returns)
+    assert not torch.equal(raw.advantages, white.advantages)
+    assert sums.means()["advantage_std"] == pytest.approx(spread(raw.advantages[raw.mask].tolist())[1])
+
+
+def test_value_statistics():
+    batch, sums = ppo().credit(make_batch(), START)
+    values, returns = batch.values[batch.mask].tolist(), batch.returns[batch.mask].tolist()
+    errors = [value - target for value, target in zip(values, returns, strict=True)]
+    measured = sums.means()
+    assert measured["value_bias"] == pytest.approx(math.fsum(errors) / len(errors))
+    assert measured["return"] == pytest.approx(math.fsum(returns) / len(returns))
+    assert measured["explained_variance"] == pytest.approx(1 - (spread(errors)[1] / spread(returns)[1]) ** 2)
+
+
+def test_value_pretraining_trains_values_alone_for_its_steps():
+    algorithm = ppo(value_pretraining={"steps": 2}, entropy={"coef": 0.1}, kl={"coef": 0.1, "target": 100.0})
+    for step, expected in enumerate([True, True, False, False]):
+        progress = Progress(step, 10)
+        assert algorithm.value_only(progress) is expected
+        batch, sums = algorithm.credit(make_batch(), progress)
+        assert sums.means()["value_pretraining"] == float(expected)
+        assert (algorithm.state()["kl_coef"] == 0.1) is expected  # a fixed policy's KL says nothing about β
+        out = make_out(batch)
+        found, measured = algorithm.loss(out, batch, progress)
+        slopes = torch.autograd.grad(
+            found["mass"] + found["tokens"], (out.logprobs, out.entropy, out.values), allow_unused=True
+        )
+        assert [slope is None for slope in slopes] == [expected, expected, False]
+        assert found["tokens"].item() != 0
+        assert ("policy_loss" in measured.means()) is not expected
+
+
+def test_value_pretraining_ends_after_the_iteration_that_reached_its_target():
+    algorithm = ppo(value_pretraining={"steps": 50, "explained_variance": 0.5}, gae_lambda=1.0, whiten_advantages=False)
+    batch = make_batch()
+    algorithm.credit(batch, START)
+    assert algorithm.value_only(Progress(1, 99))
+    returns = algorithm.credit(batch, START)[0].returns
+    algorithm.credit(batch.replace(values=returns * 0.9), Progress(1, 99))
+    assert algorithm.value_only(Progress(1, 99))  # credit, loss and loop agree about the whole iteration
+    assert not algorithm.value_only(Progress(2, 99))
+    resumed = ppo(value_pretraining={"steps": 50, "explained_variance": 0.5})
+    resumed.load_state(json.loads(json.dumps(algorithm.state())))
+    assert not resumed.value_only(Progress(2, 99))
+
+
+def test_state_survives_json_bit_for_bit():
+    settings = {"reward_scale": True, "kl": {"coef": 0.1, "target": 1.0, "horizon": 7}}
+    whole, first = ppo(**settings), ppo(**settings)
+    for seed in range(3):
+        whole.credit(make_batch(seed), Progress(seed, 10))
+        first.credit(make_batch(seed), Progress(seed, 10))
+    second = ppo(**settings)
+    second.load_state(json.loads(json.dumps(first.state())))
+    for seed in range(3, 6):
+        left, _ = whole.credit(make_batch(seed), Progress(seed, 10))
+        right, _ = second.credit(make_batch(seed), Progress(seed, 10))
+        assert torch.equal(left.advantages, right.advantages)
+    assert whole.state() == second.state()
+
+
+def test_foreign_state_is_refused():
+    with pytest.raises(CheckpointError, match="not PPO"):
+        ppo().load_state({"baseline": 1.0})
+
+
+def test_entropy_coefficient_falls_towards_its_floor():
+    for schedule, expected in [
+        ("constant", [0.5, 0.5, 0.5, 0.5]),
+        ("linear", [0.5, 0.4, 0.3, 0.2]),
+        ("cosine", [0.1 + 0.2 * (1 + math.cos(math.pi * x / 4)) for x in range(4)]),
+    ]:
+        algorithm = ppo(entropy={"coef": 0.5, "schedule": schedule, "floor": 0.2})
+        found = [algorithm.credit(make_batch(), Progress(step, 4))[1].means()["entropy_coef"] for step in range(4)]
+        assert found == pytest.approx(expected)
+
+
+def test_stop():
+    assert not ppo().stop({"approx_kl": 9.0})
+    algorithm = ppo(target_kl=0.05)
+    assert [algorithm.stop({"approx_kl": kl}) for kl in (0.0499, 0.05, 0.0501)] == [False, False, True]
+    assert not algorithm.stop({"value_loss": 1.0})  # value pretraining moves no policy
+
+
+def test_reference_is_needed_only_with_a_kl_coefficient():
+    assert not ppo().needs.reference
+    assert ppo(kl={"coef": 0.1}).needs.reference
+    assert ppo().needs.values
+    algorithm, batch = ppo(), make_batch()
+    algorithm.credit(batch.replace(ref_logprobs=None), START)
+
+
+def test_every_metric_is_explained_and_finite():
+    names = set()
+    for settings in SETTINGS.values():
+        algorithm = ppo(value_pretraining={"steps": 1}, **settings)
+        for progress in (START, Progress(1, 10)):
+            batch, credited = algorithm.credit(make_batch(), progress)
+            _, measured = algorithm.loss(make_out(batch), batch, progress)
+            found = {**credited.means(), **measured.means()}
+            assert all(math.isfinite(x) for x in found.values())
+            names |= set(found)
+    assert names <= set(metrics.METRICS)
+    assert {"kl_loss", "value_clip_fraction", "importance_weight", "policy_moved", "advantage_centred"} <= names
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"clip": [0.2]}, "clip"),
+        ({"clip": [0.0, 0.2]}, "clip"),
+        ({"dual_clip": 1.0}, "dual_clip"),
+        ({"gamma": 1.01}, "gamma"),
+        ({"gae_lambda": -0.1}, "gae_lambda"),
+        ({"entropy": {"coef": 0.1, "shape": "linear"}}, "shape"),
+        ({"kl": {"coef": 0.1, "form": "k1"}}, "form"),
+        ({"kl": {"target": 3.0}}, "cannot adapt"),
+        ({"reward_clip": [0.5, 1.0]}, "enclose 0"),
+        ({"reward_clip": [0.0, 0.0]}, "no reward"),
+        ({"missing_end_penalty": 1.0, "truncation": "bootstrap"}, "truncation bootstrap"),
+        ({"missing_end_penalty": 1.0, "truncation": "mask"}, "truncation mask"),
+        ({"missing_end_penalty": -1.0}, "missing_end_penalty"),
+        ({"aggregation": "constant"}, "constant_length"),
+        ({"constant_length": 5}, "constant_length"),
+        ({"whiten_advantages": 1}, "whiten_advantages"),
+        ({"value_coef": math.nan}, "value_coef"),
+        ({"value_pretraining": {"explained_variance": 0.5}}, "steps"),
+    ],
+)
+def test_bad_settings_are_refused(settings, text):
+    with pytest.raises(ValidationError, match=text):
+        ppo(**settings)
+
+
+def test_every_setting_has_a_sentence():
+    models = [PPO.Config, *(type(getattr(ppo().config, name)) for name in ("entropy", "kl"))]
+    for model, (name, field) in itertools.chain.from_iterable(((m, x) for x in m.model_fields.items()) for m in models):
+        assert field.description, f"{model.__name__}.{name}"
+
+
+def test_registry_knows_it():
+    assert registry.resolve("algorithms", "ppo") is PPO
