@@ -10,6 +10,7 @@ class Echo(Environment):
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar, Protocol
 
 from mrlm_cli.records import Reply, Split, Task, Turn
@@ -35,7 +36,8 @@ class Environment:
     `components` maps the reward components to their default weights in the training reward; `exact` (1 for a fully
     right answer, else 0) is the headline of evaluations and by custom has weight 0 there unless it is the reward.
     `audited` is True only for the built-in environments: they run in the trainer's process, all others in worker
-    processes with a deadline.
+    processes with a deadline. `held_out` is False only where splits share tasks on purpose, because there is nothing
+    to generalise to: evaluations then measure skill at what was trained.
     """
 
     class Config(EnvironmentSettings):
@@ -44,6 +46,7 @@ class Environment:
     components: ClassVar[dict[str, float]] = {}
     agents: ClassVar[tuple[str, ...]] = ("policy",)
     audited: ClassVar[bool] = False
+    held_out: ClassVar[bool] = True
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -59,6 +62,10 @@ class Environment:
     def open(self, task: Task, seed: int) -> Session:
         """A new session of the task."""
         raise NotImplementedError
+
+    def canonical(self, task: Task) -> str:
+        """Equal for tasks that are the same but for a symmetry, by default for equal data; splits share none."""
+        return json.dumps(task.data, sort_keys=True)
 
     @classmethod
     def reward_weights(cls, config: EnvironmentSettings) -> dict[str, float]:

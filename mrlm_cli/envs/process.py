@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 from typing import IO, Any
@@ -51,10 +52,9 @@ class WorkerProcess:
             close_fds=True,
             bufsize=0,
         )
-        assert self._process.stdin and self._process.stdout and self._process.stderr
-        self._requests, self._answers, self._printed = self._process.stdin, self._process.stdout, self._process.stderr
-        for stream in (self._requests, self._answers, self._printed):
-            os.set_blocking(stream.fileno(), False)
+        self._requests = _unblocked(self._process.stdin)
+        self._answers = _unblocked(self._process.stdout)
+        self._printed = _unblocked(self._process.stderr)
         self._line = b""
 
     def ask(self, request: bytes, seconds: float) -> dict[str, Any]:
@@ -90,10 +90,8 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End the whole process group, now."""
-        try:
+        with suppress(ProcessLookupError):  # all of it may be gone already
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # all of it is gone already
         self._process.wait()
         while self._forward():
             pass
@@ -131,6 +129,13 @@ class WorkerProcess:
         if code < 0:
             return f"the worker process was killed by signal {-code}"
         return f"the worker process exited with code {code}"
+
+
+def _unblocked(pipe: IO[bytes] | None) -> IO[bytes]:
+    if pipe is None:
+        raise ValueError("not a pipe")
+    os.set_blocking(pipe.fileno(), False)
+    return pipe
 
 
 def _complete(answer: bytes) -> bool:

@@ -17,7 +17,6 @@ from mrlm_cli.envs.single import SingleReply
 from mrlm_cli.envs.splits import split_classes
 from mrlm_cli.records import Reply, Split, Task
 from mrlm_cli.strict import EnvironmentSettings
-from mrlm_cli.strict import EnvironmentSettings
 
 _END = "end"  # longer than one character, so it equals no character of a reply
 
