@@ -39,7 +39,7 @@ SHAPE = {
     "eos_token_id": 1,
     "initializer_range": 0.3,  # large, so that different tokens have clearly different probabilities
 }
-LAYERS = ["sliding_attention", "full_attention"]
+LOCAL = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8}
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=5)),
@@ -51,9 +51,7 @@ FAMILIES = {
             **SHAPE, sliding_window=5, layer_types=LAYERS, query_pre_attn_scalar=8, final_logit_softcapping=3.0
         )
     ),
-    "gemma3": lambda: Gemma3ForCausalLM(
-        Gemma3TextConfig(**SHAPE, sliding_window=5, layer_types=LAYERS, query_pre_attn_scalar=8)
-    ),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, **LOCAL)),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCABULARY,

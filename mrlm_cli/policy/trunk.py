@@ -33,7 +33,7 @@ def checkpoint_activations(model: Any) -> None:
     """Recompute the layers of a transformers model in the backward pass, through transformers' own switch."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable({"use_reentrant": False})
-    else:  # the switch's name before transformers 5.20
+    else:  # its name in older releases
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 

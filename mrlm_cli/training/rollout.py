@@ -198,7 +198,8 @@ class Rollout:
             stop=one.stop,
             failure=one.failure,
         )
-        talks = one.conversations or {self._host.environments[one.task.env].agents[0]: None}
+        agents = self._host.environments[one.task.env].agents
+        talks = {agent: one.conversations.get(agent) for agent in agents if agent in one.conversations} or {agents[0]: None}
         return [
             Episode(
                 id=f"{one.name}/{agent}",

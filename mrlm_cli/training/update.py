@@ -123,13 +123,13 @@ class Updater:
             loss = parts["mass"] / mass + parts["tokens"] / tokens
             if not torch.isfinite(loss):
                 self._adam.zero()
-                raise Refused(f"a loss of {float(loss)}", _culprits(out.logprobs, out.values, part))
+                raise Refused(f"a loss of {loss.item()}", _culprits(out.logprobs, out.values, part))
             loss.backward()
             sums.update(metrics)
         norm = self._adam.clip()
         if not torch.isfinite(norm):
             self._adam.zero()
-            raise Refused(f"a gradient norm of {float(norm)}", [])
+            raise Refused(f"a gradient norm of {norm.item()}", [])
         self._adam.step()
         self._adam.zero()
         sums.add("grad_norm", norm)

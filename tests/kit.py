@@ -1,0 +1,67 @@
+"""Small recipes and trainers for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mrlm_cli import registry
+from mrlm_cli.events import Listener
+from mrlm_cli.recipe import sections
+from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.training.announce import Announcer
+from mrlm_cli.training.rundir import RunDirectory
+from mrlm_cli.training.stage import Stage, settled
+from mrlm_cli.training.stopping import Stopper
+from mrlm_cli.training.trainer import Trainer
+
+
+def settings(kind: str, folder: Path = Path(), **fields: Any) -> Any:
+    """The Config of a registered class."""
+    return registry.resolve(kind, fields["type"], (folder,)).Config(**fields)
+
+
+def tiny(folder: Path = Path(), **changes: Any) -> Recipe:
+    """A recipe whose iteration takes some milliseconds; sections are replaced by dicts of fields."""
+    fields: dict[str, Any] = {
+        "name": "tiny",
+        "steps": 3,
+        "seed": 1,
+        "model": {"type": "scratch", "layers": 1, "hidden": 32, "heads": 2, "context": 64, "characters": "0123456789sort ="},
+        "environments": [{"type": "sort_digits", "digits": 3}],
+        "sampling": {"tasks_per_step": 12, "max_new_tokens": 5},
+        "algorithm": {"type": "ppo"},
+        "optimizer": {"lr": 1e-3, "minibatches": 1, "tokens_per_micro_batch": 512},
+        "evaluate": {"every": 0, "tasks": 8},
+        "checkpoint": {"every": 0},
+        "hardware": {"threads": 1, "device": "cpu", "deadline": 20.0},
+        "engine": {"type": "cached"},
+    }
+    for key, value in changes.items():
+        fields[key] = {**fields[key], **value} if isinstance(value, dict) and key in fields else value
+    model = fields.pop("model")
+    kind = sections.ScratchModel if model["type"] == "scratch" else sections.PretrainedModel
+    return Recipe(
+        **{name: fields.pop(name) for name in ("name", "steps", "seed")},
+        model=kind(**model),
+        environments=tuple(settings("environments", folder, **each) for each in fields.pop("environments")),
+        algorithm=settings("algorithms", folder, **fields.pop("algorithm")),
+        engine=settings("engines", folder, **fields.pop("engine")),
+        **{name: getattr(sections, name.capitalize())(**value) for name, value in fields.items()},
+    )
+
+
+@contextmanager
+def trainer(path: Path, recipe: Recipe, *listeners: Listener, folder: Path = Path()) -> Iterator[Trainer]:
+    """A trainer over a new run directory, its engine loaded."""
+    announce = Announcer(listeners)
+    run = RunDirectory.create(path, recipe_yaml="name: tiny\n", origins={}, machine={})
+    stopper = Stopper()
+    with Stage(
+        settled(recipe), (folder,), journal=run.journal, check=stopper.check, phase=announce.phase
+    ) as stage, run.lock():
+        made = Trainer(settled(recipe), (folder,), stage, run, announce)
+        made.engine.load(made.policy.lm)
+        yield made
