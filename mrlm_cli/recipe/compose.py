@@ -82,6 +82,12 @@ def dump(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, width=120)
 
 
+def as_yaml(value: Any) -> str:
+    """One value as it may be written on one line of a recipe."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=2**31)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def shipped(kind: str) -> dict[str, Path]:
     """Files that come with the package, by name without suffix; `kind` is recipes or configs."""
     package = Path(mrlm_cli.__file__).resolve().parent
@@ -297,7 +303,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = None if isinstance(plain_scalar(text), str) else '"'
+    style = None if isinstance(plain_scalar(text), str) and "\n" not in text else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

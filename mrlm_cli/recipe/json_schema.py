@@ -88,7 +88,7 @@ def _words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if kind == "array":
         items = schema.get("prefixItems")
         if items:
-            return f"list of {len(items)}: {', '.join(_words(item, definitions) for item in items)}"
+            return f"list of {len(items)}: {'; '.join(_words(item, definitions) for item in items)}"
         return f"list of {_words(schema.get('items', {}), definitions)}"
     if kind == "object":
         if "properties" in schema:

@@ -100,8 +100,6 @@ def sentence(error: Mapping[str, Any]) -> str:
     elif kind in ("too_short", "too_long"):
         bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
         expected = f"{bound} items, not {context['actual_length']}"
-    elif kind == "string_pattern_mismatch":
-        expected = f"text of the form {context['pattern']}"
     else:
         expected = error["msg"].removeprefix("Input should be ")
     return f"got {shown(given)}; expected {expected}"

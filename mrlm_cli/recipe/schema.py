@@ -4,11 +4,12 @@ The sections of environments, algorithm and engine are instances of the named cl
 them. What several sections decide together is checked here.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import AfterValidator, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
 
 from mrlm_cli import registry
@@ -36,10 +37,22 @@ PLUGINS: dict[str, tuple[str, type[Strict]]] = {  # section -> kind in the regis
 }
 
 
+SAFE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$"
+
+
+def _safe_name(name: str) -> str:
+    if not re.fullmatch(SAFE_NAME, name):
+        raise ValueError(
+            f"got {name[:60]!r}; expected the name of a directory: up to 100 letters, digits, `.`, `_`, `-`, "
+            "not beginning with `.` or `-`"
+        )
+    return name
+
+
 class Head(Strict):
     """The settings that stand outside all sections."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$")]
+    name: Annotated[str, AfterValidator(_safe_name), Field(json_schema_extra={"pattern": SAFE_NAME})]
     """Name of the run directory under runs/: letters, digits, `.`, `_` and `-`, not beginning with `.` or `-`."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """What every draw of the run is a function of."""

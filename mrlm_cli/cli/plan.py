@@ -1,0 +1,63 @@
+"""What a training would do, checked as far as files tell, without doing it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from mrlm_cli import registry
+from mrlm_cli.errors import MissingExtra, UserError
+from mrlm_cli.recipe.compose import Composed
+from mrlm_cli.recipe.derived import Derived, derive
+from mrlm_cli.recipe.sections import PretrainedModel, ScratchModel
+
+# modules of each extra, looked for without importing them
+EXTRAS = {"gguf": ("gguf", "accelerate"), "sentiment": ("vaderSentiment",)}
+
+
+def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:
+    """Print the plan. Raises UserError or MissingExtra for what would stop the training at its start."""
+    recipe = composed.recipe
+    if run_dir.exists() and not continue_run:
+        raise UserError(f"{run_dir} exists; to continue it: mrlm resume {run_dir}, or choose another with --run-dir")
+    check_model(recipe.model)
+    if isinstance(recipe.model, PretrainedModel) and recipe.model.path.endswith(".gguf"):
+        if any(importlib.util.find_spec(module) is None for module in EXTRAS["gguf"]):
+            raise MissingExtra("reading a GGUF file", "gguf")
+    for environment in recipe.environments:  # an environment raises MissingExtra when it is made
+        registry.resolve("environments", environment.type, composed.folders)(environment)
+    names = ", ".join(environment.label for environment in recipe.environments)
+    print(f"{composed.path.name}: {recipe.algorithm.type} on {names} for {recipe.steps} steps, into {run_dir}")
+    print("\n".join(derived_lines(derive(recipe, composed.folders))))
+    print("dry run: everything above was checked, nothing was built, trained or written")
+
+
+def check_model(model: ScratchModel | PretrainedModel) -> None:
+    """Raises UserError with the command that brings a model that is not there; a hub id cannot be checked here."""
+    if isinstance(model, ScratchModel):
+        return
+    path = Path(model.path).expanduser()
+    if path.exists():
+        return
+    if path.parent.name == "models":
+        raise UserError(f"there is no model at {model.path}; bring it by: mrlm fetch {path.name}")
+    if path.is_absolute() or model.path.startswith(".") or model.path.count("/") != 1 or path.suffix == ".gguf":
+        raise UserError(f"there is no model at {model.path}")
+
+
+def derived_lines(derived: Derived) -> list[str]:
+    """The derived numbers in words."""
+    rows = [
+        ("episodes a step", derived.episodes_per_step, ""),
+        ("optimizer steps an iteration", derived.optimizer_steps_per_iteration, ""),
+        ("optimizer steps in all", derived.optimizer_steps, ""),
+        ("chosen tokens a step, at most", derived.chosen_tokens_per_step_at_most, ""),
+        ("tokens a step, at most", derived.tokens_per_step_at_most, ""),
+        ("parameters of the policy", derived.policy_parameters, ""),
+        ("parameters of the value function", derived.value_parameters, ""),
+        ("memory, estimated", derived.memory_estimate_mib, " MiB"),
+    ]
+    return [
+        f"  {name:<34} {'unknown until the model is here' if value is None else f'{value:,}{unit}'}"
+        for name, value, unit in rows
+    ]
