@@ -46,11 +46,7 @@ FAMILIES = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SHAPE)),
-    "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(
-            **SHAPE, sliding_window=5, layer_types=LAYERS, query_pre_attn_scalar=8, final_logit_softcapping=3.0
-        )
-    ),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, **LOCAL, final_logit_softcapping=3.0)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, **LOCAL)),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(

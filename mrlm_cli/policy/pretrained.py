@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from mrlm_cli.errors import CheckpointError, UserError
+from mrlm_cli.policy.fetch import KNOWN
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -49,8 +50,6 @@ def checkpoint_directory(path: Path) -> Path:
 
 def missing(path: Path) -> str:
     """What to say of a model that is not there, with the command that brings it where there is one."""
-    from mrlm_cli.policy.fetch import KNOWN
-
     if path.name in KNOWN:
         parent = "" if path.parent.name == "models" and not path.parent.is_absolute() else f" --to {path.parent}"
         return f"there is no model at {path}; bring it by: mrlm fetch {path.name}{parent}"
@@ -68,7 +67,7 @@ def read(path: str) -> tuple[Any, Any]:
         directory = model_directory(place)
         _refuse_pickle(directory)
         source = str(directory)
-    elif place.is_absolute() or place.name in _known() or not HUB_ID.fullmatch(path):
+    elif place.is_absolute() or place.name in KNOWN or not HUB_ID.fullmatch(path):
         raise UserError(missing(place))
     else:
         source = path
@@ -134,12 +133,6 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _known() -> set[str]:
-    from mrlm_cli.policy.fetch import KNOWN
-
-    return set(KNOWN)
 
 
 def _refuse_pickle(directory: Path) -> None:
