@@ -15,6 +15,7 @@ from mrlm_cli.report.text import duration, number, printable, shorten
 PHASES = (("rollout", "█", "#", "cyan"), ("scoring", "▓", "=", "magenta"), ("update", "▒", "-", "yellow"))
 _STYLES: dict[words.Level, str] = {"good": "green", "watch": "yellow", "bad": "bold red"}
 _PLOT_ROWS = 6  # enough to see a curve; more only pushes the episodes out
+_LEAST_CURVES = 4  # rows, the title among them; where there are fewer, words say more
 
 
 @dataclass
@@ -28,7 +29,8 @@ class Shown:
 
 @dataclass
 class State:
-    """All that is known of the run; the dashboard writes it, `lines` reads it."""
+    """All that is known of the run; the dashboard writes it, `lines` reads it. For a terminal without Unicode every
+    text in it must be ASCII."""
 
     name: str = ""
     place: str = ""
@@ -69,7 +71,7 @@ def lines(state: State, width: int, height: int, unicode: bool = True) -> list[T
         "held": [_held_out(state)],
         "health": [_health(judgements, state)],
         "time": _time(state, width, unicode),
-        "episodes": _episodes(state, width),
+        "episodes": _episodes(state, width, unicode),
         "words": [_judgement(one) for one in judgements if one.level == words.GOOD],
     }
     # In the order in which they claim their rows; the curves take what is left, between the headline and the rest.
@@ -78,13 +80,12 @@ def lines(state: State, width: int, height: int, unicode: bool = True) -> list[T
     for name in ("progress", "phase", "held", "health", "warning", "time", "title", "episodes", "words"):
         part = sections[name]
         if name == "words":
-            keep_for_curves = 4 if room > 8 else 0
-            part = part[: max(0, room - keep_for_curves)]
-        if part and (len(part) <= room):
+            part = part[: room if room < _LEAST_CURVES else room - _LEAST_CURVES]
+        if part and len(part) <= room:
             chosen[name] = part
             room -= len(part)
     rows = min(_PLOT_ROWS, room - 1)
-    if rows >= 2:
+    if rows >= _LEAST_CURVES - 1:
         chosen["curves"] = _curves(state, width, rows, unicode)
     order = ("title", "progress", "phase", "warning", "held", "curves", "health", "words", "time", "episodes")
     found = [line for name in order for line in chosen.get(name, [])]
@@ -135,10 +136,10 @@ def _held_out(state: State) -> Text:
     text = Text.assemble(
         f"held-out {name} ",
         (f"{estimate.mean:.2f}", "bold green"),
-        f" [{estimate.low:.2f}, {estimate.high:.2f}] at step {evaluation.step}",
+        f" [{estimate.low:.2f}, {estimate.high:.2f}] step {evaluation.step}",
     )
     if state.best is not None:
-        text.append(f"  best {state.best[0]:.2f} at {state.best[1]}")
+        text.append(f", best {state.best[0]:.2f} at {state.best[1]}")
     if name != "reward":
         text.append(f"  reward {evaluation.reward.mean:.2f}")
     text.append(f"  {evaluation.tasks} tasks", "dim")
@@ -170,7 +171,7 @@ def _time(state: State, width: int, unicode: bool) -> list[Text]:
         return []
     spent = {name: state.metrics[f"{name}_seconds"] for name, *_ in PHASES}
     whole = max(sum(spent.values()), 1e-9)
-    room = max(0, min(30, width - 50))
+    room = max(4, min(30, width - 74))
     bar, legend = Text("time "), Text()
     used = 0
     for name, solid, plain, style in PHASES:
@@ -178,7 +179,7 @@ def _time(state: State, width: int, unicode: bool) -> list[Text]:
         used += cells
         bar.append((solid if unicode else plain) * cells, style)
         legend.append(f"  {name} ", style)
-        legend.append(f"{number(spent[name])} s")
+        legend.append(number(spent[name]))
     return [bar + Text(f" {state.metrics['seconds']:.2f} s") + legend + _speed(state.metrics)]
 
 
@@ -187,13 +188,14 @@ def _speed(metrics: Mapping[str, float]) -> Text:
     return Text("" if speed is None else f"  {speed:,.0f} tokens/s", style="dim")
 
 
-def _episodes(state: State, width: int) -> list[Text]:
+def _episodes(state: State, width: int, unicode: bool) -> list[Text]:
     found = []
+    gap = "…" if unicode else "~"
     for one in state.episodes:
         reward = number(one.reward)
         room = max(4, width - len(reward) - 12)
-        asked = shorten(one.asked, max(2, room * 2 // 5))
-        said = shorten(one.said, max(2, room - min(room * 2 // 5, len(asked))))
+        asked = shorten(one.asked, max(2, room * 2 // 5), gap)
+        said = shorten(one.said, max(2, room - min(room * 2 // 5, len(asked))), gap)
         found.append(Text.assemble("  ", (asked, "dim"), (" -> ", "dim"), said, (" -> ", "dim"), (reward, "bold")))
     return [Text("last episodes", style="dim"), *found] if found else []
 

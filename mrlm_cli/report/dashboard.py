@@ -51,7 +51,8 @@ class Dashboard(Listener):
         """See Listener; the view appears."""
         with self._lock:
             state = self._state
-            state.name, state.place, state.steps, state.step = recipe.name, str(run), recipe.steps, step
+            state.name, state.place = self._text(recipe.name), self._text(str(run))
+            state.steps, state.step = recipe.steps, step
             state.parameters, state.precision = parameters, recipe.hardware.precision
             if step:
                 self._remember(run)
@@ -63,12 +64,12 @@ class Dashboard(Listener):
 
     def phase(self, name: str, done: int, total: int) -> None:
         """See Listener."""
-        self._state.phase = (name, done, total)
+        self._state.phase = (self._text(name), done, total)
 
     def stepped(self, step: int, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
         """See Listener."""
         now = time.monotonic()
-        shown = [board.Shown(*conversation(one), sum(one.rewards)) for one in episodes[-_EPISODES:]]
+        shown = [self._shown(one) for one in episodes[-_EPISODES:]]
         with self._lock:
             state = self._state
             state.step, state.metrics, state.episodes = step, dict(metrics), shown
@@ -91,9 +92,9 @@ class Dashboard(Listener):
         """See Listener; before the view appears and after it is gone, the text is printed."""
         if self._live is None:
             with suppress(OSError):  # the terminal is gone; the run goes on
-                self._console.print(Text(f"warning: {printable(text)}", style="yellow"))
+                self._console.print(Text(f"warning: {printable(self._text(text))}", style="yellow"))
         else:
-            self._state.warning = text
+            self._state.warning = self._text(text)
 
     def finished(self, step: int) -> None:
         """See Listener."""
@@ -157,7 +158,7 @@ class Dashboard(Listener):
         with suppress(OSError):
             self._console.show_cursor(True)
             line = f"the live view stopped ({type(error).__name__}: {error}); training goes on, see metrics.jsonl"
-            self._console.print(Text(printable(line), style="yellow"))
+            self._console.print(Text(printable(self._text(line)), style="yellow"))
 
     def _remember(self, run: Path) -> None:
         """Curves from before a resume."""
@@ -170,7 +171,15 @@ class Dashboard(Listener):
                 self._held_out(one["step"], (one["reward"] if exact is None else exact)["mean"])
                 self._state.evaluation = _evaluation(one)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            self._state.warning = f"the curves begin here, as earlier steps could not be read: {error}"
+            self._state.warning = self._text(f"the curves begin here, as earlier steps could not be read: {error}")
+
+    def _shown(self, episode: Episode) -> board.Shown:
+        asked, said = conversation(episode)
+        return board.Shown(self._text(asked), self._text(said), sum(episode.rewards))
+
+    def _text(self, text: str) -> str:
+        """What the terminal's encoding can hold of `text`, the rest escaped."""
+        return text if self._unicode else text.encode("ascii", "backslashreplace").decode("ascii")
 
     def _held_out(self, step: int, value: float) -> None:
         self._state.held_out.add(step, value)

@@ -96,7 +96,7 @@ class PlainLines(Listener):
         shares = (f"{name} {metrics[f'{name}_seconds'] / max(seconds, 1e-9):3.0%}" for name in _PHASES)
         parts.append(f"{seconds:.1f} s ({' '.join(shares)})")
         left = self._pace.left(self._steps - step)
-        if left is not None:
+        if left:
             parts.append(f"left {duration(left)}")
         return "  ".join(parts)
 

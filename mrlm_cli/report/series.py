@@ -54,8 +54,8 @@ def plot(
         if value is None:
             continue
         row = rows - 1 - min(rows - 1, max(0, round((value - low) * scale)))
-        start, end = (row, row) if before is None else (min(row, before), max(row, before))
-        for between in range(start, end + 1):  # no gap in a steep line
+        first = row if before is None or before == row else before + (1 if row > before else -1)
+        for between in range(min(first, row), max(first, row) + 1):  # no gap in a steep line
             dots[between][column] = True
         before = row
     if not unicode:

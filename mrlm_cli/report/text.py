@@ -42,6 +42,8 @@ def printable(text: str) -> str:
         marks = marks + 1 if category in ("Mn", "Me") else 0
         if character == "\n":
             shown.append("\\n")
+        elif category == "Zs":
+            shown.append(" ")
         elif category[0] == "C" or category in ("Zl", "Zp") or marks > _MARKS_IN_A_ROW:
             shown.append(character.encode("unicode_escape", "surrogatepass").decode("ascii"))
         else:
@@ -49,10 +51,10 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
-def shorten(text: str, cells: int) -> str:
-    """`text` made printable and cut in its middle to at most `cells` terminal cells."""
+def shorten(text: str, cells: int, gap: str = "…") -> str:
+    """`text` made printable and cut in its middle, where `gap` (one cell) stands, to at most `cells` terminal cells."""
     if len(text) > _SOURCE_LIMIT:
-        text = text[: _SOURCE_LIMIT // 2] + "…" + text[-_SOURCE_LIMIT // 2 :]
+        text = text[: _SOURCE_LIMIT // 2] + gap + text[-_SOURCE_LIMIT // 2 :]
     text = printable(text)
     if cell_len(text) <= cells:
         return text
@@ -62,7 +64,7 @@ def shorten(text: str, cells: int) -> str:
     tail = text[-(cells - 1 - head) :]
     while cell_len(tail) > cells - 1 - head:
         tail = tail[1:]
-    return set_cell_size(text, head).rstrip() + "…" + tail
+    return set_cell_size(text, head).rstrip() + gap + tail
 
 
 def conversation(episode: Episode) -> tuple[str, str]:
