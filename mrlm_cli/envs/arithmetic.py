@@ -16,7 +16,7 @@ from mrlm_cli.envs.splits import split_classes
 from mrlm_cli.records import Reply, Split, Task
 from mrlm_cli.strict import EnvironmentSettings
 
-MOST_TASKS = 65_536  # distinct expressions that are split into train, validation and test
+MOST_TASKS = 32_768  # distinct expressions that are split into train, validation and test
 _SPOKEN = {"+": "plus", "-": "minus", "*": "times"}
 # fmt: off
 _ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
@@ -35,7 +35,7 @@ class Arithmetic(Environment):
     share of digits that are right (aligned at the units); otherwise 0.1 for ending and 0.15 if the last number in the
     reply is right.
 
-    Expressions are drawn without repetition from all that the settings allow (at most 65,536 of them). Expressions
+    Expressions are drawn without repetition from all that the settings allow (at most 32,768 of them). Expressions
     that differ in the order of terms or factors alone, such as 27 + 15 and 15 + 27, belong to one split.
     """
 

@@ -15,7 +15,6 @@ from typing import Any, get_args
 
 from mrlm_cli.envs.base import Environment
 from mrlm_cli.envs.wire import check_turn, describe_exception, task_from_json, task_to_json, turn_to_json
-from mrlm_cli.errors import MrlmError
 from mrlm_cli.records import Message, Reply, Split, Task, Turn
 from mrlm_cli.strict import EnvironmentSettings
 
@@ -134,6 +133,7 @@ def _sessions(environment: Environment) -> Iterator[str]:
                 yield f"{name}: two sessions of one task and seed differ"
             if len(first) > MOST_TURNS:
                 yield f"{name}: not done after {MOST_TURNS} turns"
+                return  # the other replies would take as long
 
 
 def _play(environment: Environment, task: Task, reply: Reply) -> list[dict[str, Any]]:
@@ -156,8 +156,8 @@ def _oracle(environment: Environment, tasks: int) -> Iterator[str]:
         for task in _first(environment, split, tasks):
             try:
                 exact = _exact(environment, task, oracle(task))
-            except MrlmError as error:
-                yield f"{task.id}: the oracle's answer fails: {error}"
+            except Exception as error:
+                yield f"{task.id}: the oracle's answer fails: {describe_exception(error)}"
                 continue
             if exact != 1.0:
                 yield f"{task.id}: the oracle's answer has exact = {exact}"
