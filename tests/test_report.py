@@ -167,6 +167,7 @@ def test_health_problems() -> None:
     assert level("explained_variance", -0.2, step=5) == "good"
     assert level("explained_variance", 0.0) == "good"
     assert level("truncated_rate", 0.6) == "watch"
+    assert level("truncated_rate", 0.6, step=5) == "good"
     assert level("reward_std", 0.0) == "watch"
     assert level("reward_std", 0.1) is None
     assert level("failed_rate", 0.0) is None
@@ -254,9 +255,9 @@ def test_without_an_exact_component_the_reward_leads() -> None:
 def test_problems_lead_the_health_line() -> None:
     one = state()
     one.metrics = {**METRIC_VALUES, "explained_variance": -0.4, "refused_steps": 2}
-    (line,) = (line.plain for line in board.lines(one, 200, 30) if line.plain.startswith("health"))
-    assert line.startswith("health: refused optimizer steps 2: a loss or gradient was not finite")
-    assert "value function -0.4: worse than a constant" in line
+    shown = [line.plain.rstrip() for line in board.lines(one, 100, 30)]
+    place = shown.index("health: refused optimizer steps 2: a loss or gradient was not finite; lower optimizer.lr")
+    assert shown[place + 1] == "  value function -0.4: worse than a constant; raise value_coef or its lr"
 
 
 @pytest.mark.parametrize("hostile", [False, True])

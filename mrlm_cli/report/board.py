@@ -63,16 +63,17 @@ def lines(state: State, width: int, height: int, unicode: bool = True) -> list[T
     judgements = words.judge(
         state.metrics, step=state.step, precision=state.precision, exact=_last_exact(state.evaluation)
     )
+    found_bad = words.problems(judgements)
     sections = {
         "title": [_title(state)],
         "progress": [_progress(state, width, unicode)],
         "phase": [_phase(state)],
         "warning": [Text(f"warning: {printable(state.warning)}", style="yellow")] if state.warning else [],
         "held": [_held_out(state)],
-        "health": [_health(judgements, state)],
+        "health": [_health(found_bad, state)],
         "time": _time(state, width, unicode),
         "episodes": _episodes(state, width, unicode),
-        "words": [_judgement(one) for one in judgements if one.level == words.GOOD],
+        "words": [_judgement(one) for one in (*found_bad[1:], *(one for one in judgements if one.level == words.GOOD))],
     }
     # In the order in which they claim their rows; the curves take what is left, between the headline and the rest.
     chosen: dict[str, list[Text]] = {}
@@ -148,17 +149,13 @@ def _held_out(state: State) -> Text:
     return text
 
 
-def _health(judgements: list[words.Judgement], state: State) -> Text:
-    found = words.problems(judgements)
+def _health(found_bad: list[words.Judgement], state: State) -> Text:
+    """The worst problem, or that there is none."""
     if not state.metrics:
         return Text("health: no step yet", style="dim")
-    if not found:
+    if not found_bad:
         return Text.assemble("health: ", ("good", "green"))
-    text = Text("health: ")
-    for position, one in enumerate(found):
-        text.append("; " if position else "")
-        text.append(str(one), _STYLES[one.level])
-    return text
+    return Text.assemble("health: ", (str(found_bad[0]), _STYLES[found_bad[0].level]))
 
 
 def _judgement(one: words.Judgement) -> Text:

@@ -14,7 +14,7 @@ GOOD: Level = "good"
 WATCH: Level = "watch"
 BAD: Level = "bad"
 
-EARLY_STEPS = 10  # a value function that has seen fewer steps may still be worse than a constant
+EARLY_STEPS = 10  # up to here a value function worse than a constant and a policy that does not end are usual
 MASTERED = 0.9  # held-out exactness above which a policy that is sure of itself is what was wanted
 
 
@@ -88,16 +88,6 @@ _RULES = (
         share=True,
     ),
     _Rule(
-        "truncated_rate",
-        "replies cut by a limit",
-        (
-            (0.05, GOOD, "few"),
-            (0.3, GOOD, "some; should fall"),
-            (1, WATCH, "many; reward ending, or raise sampling.max_new_tokens or max_turns"),
-        ),
-        share=True,
-    ),
-    _Rule(
         "value_clip_fraction",
         "clipped values",
         ((0.3, GOOD, "few"), (1, WATCH, "many; the value function is held back by value_clip")),
@@ -154,12 +144,23 @@ def _dependent(step: int, precision: str, exact: float | None) -> tuple[_Rule, .
         if step <= EARLY_STEPS
         else (WATCH, "worse than a constant; raise value_coef or its lr")
     )
+    unending: tuple[Level, str] = (
+        (GOOD, "many, as yet; should fall")
+        if step <= EARLY_STEPS
+        else (WATCH, "many; reward ending, or raise sampling.max_new_tokens or max_turns")
+    )
     collapsed: tuple[Level, str] = (
         (GOOD, "sure of itself, and right")
         if mastered
         else (WATCH, "collapsed, exploration is over; raise algorithm.entropy.coef or lower optimizer.lr")
     )
     return (
+        _Rule(
+            "truncated_rate",
+            "replies cut by a limit",
+            ((0.05, GOOD, "few"), (0.3, GOOD, "some; should fall"), (1, *unending)),
+            share=True,
+        ),
         _Rule(
             "entropy", "entropy", ((0.02, *collapsed), (0.3, GOOD, "exploring little"), (math.inf, GOOD, "exploring"))
         ),
