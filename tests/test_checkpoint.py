@@ -195,11 +195,12 @@ def test_prune_keeps_the_newest_the_best_and_what_was_not_reached(tmp_path: Path
     checkpoint.prune(tmp_path, 1)
     assert visible(tmp_path) == ["best", "latest", "step-000050"]
     (tmp_path / "step-000050" / "state.json").write_text("broken")
-    checkpoint.write(tmp_path, 42, fill())  # resumed from before 50, whose checkpoint turned out broken
-    checkpoint.prune(tmp_path, 1)
-    assert visible(tmp_path) == ["best", "latest", "step-000042", "step-000050"]
-    with pytest.raises(CheckpointError, match="step-000041 does not exist"):
-        checkpoint.mark_best(tmp_path, 41)
+    for step in (41, 42):
+        checkpoint.write(tmp_path, step, fill())  # resumed from before 50, whose checkpoint turned out broken
+    checkpoint.prune(tmp_path, 2)
+    assert visible(tmp_path) == ["best", "latest", "step-000041", "step-000042", "step-000050"]
+    with pytest.raises(CheckpointError, match="step-000040 does not exist"):
+        checkpoint.mark_best(tmp_path, 40)
 
 
 WRITER = """

@@ -140,6 +140,7 @@ def test_rewind_forgets_what_lies_beyond_and_keeps_the_journal(run: RunDirectory
         again.rewind(9)
     again.rewind(0)
     assert again.metrics() == []
+    again.append_metrics(1, {"reward": 0.1})
     assert again.has_evaluation(0)
     assert not again.has_evaluation(1)
 
