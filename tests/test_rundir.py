@@ -308,7 +308,7 @@ def test_killed_and_resumed_until_the_end(run: RunDirectory, tmp_path: Path) -> 
         trainer.wait()
         trainer.stdout.close()
         reached.append(len(run.metrics()))
-    assert max(reached[:5]) > 0
+    assert max(reached) > 0
     assert min(reached) < 60
     subprocess.run([sys.executable, "-c", TRAINER, str(run.path)], check=True, stdout=subprocess.DEVNULL)
     assert (run.path / "metrics.jsonl").read_bytes() == (calm.path / "metrics.jsonl").read_bytes()
