@@ -21,6 +21,7 @@ from mrlm_cli.errors import MrlmError
 
 # typer bundles its parser or imports click, by version; in both this is the base of what a person can type wrong.
 _Usage: type[Exception] = typer.BadParameter.__mro__[2]
+_STOPPED = 130
 
 app = typer.Typer(
     name="mrlm",
@@ -57,9 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app([word for word in given if word != "--debug"], prog_name="mrlm", standalone_mode=False)
         sys.stdout.flush()
+        if code == _STOPPED:  # typer makes this of a KeyboardInterrupt
+            print("stopped", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return _failed("stopped", 130, debug)
+        return _failed("stopped", _STOPPED, debug)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -77,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _usage(text: str, given: Sequence[str]) -> str:
     known = {command.name or "" for command in app.registered_commands}
     command = next((word for word in given if not word.startswith("-")), "")
-    if command in known:
-        return f"{text.rstrip('.')}; see mrlm {command} --help"
+    if command in known or not command:
+        return f"{text.rstrip('.')}; see mrlm {command or ''} --help".replace("  ", " ")
     close = difflib.get_close_matches(command, known, n=1)
     return f"mrlm has no command {command}; " + (f"did you mean {close[0]}?" if close else "see mrlm --help")
 

@@ -21,9 +21,9 @@ def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:
     if run_dir.exists() and not continue_run:
         raise UserError(f"{run_dir} exists; to continue it: mrlm resume {run_dir}, or choose another with --run-dir")
     check_model(recipe.model)
-    if isinstance(recipe.model, PretrainedModel) and recipe.model.path.endswith(".gguf"):
-        if any(importlib.util.find_spec(module) is None for module in EXTRAS["gguf"]):
-            raise MissingExtra("reading a GGUF file", "gguf")
+    from_gguf = isinstance(recipe.model, PretrainedModel) and recipe.model.path.endswith(".gguf")
+    if from_gguf and any(importlib.util.find_spec(module) is None for module in EXTRAS["gguf"]):
+        raise MissingExtra("reading a GGUF file", "gguf")
     for environment in recipe.environments:  # an environment raises MissingExtra when it is made
         registry.resolve("environments", environment.type, composed.folders)(environment)
     names = ", ".join(environment.label for environment in recipe.environments)

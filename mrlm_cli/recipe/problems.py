@@ -85,7 +85,7 @@ def sentence(error: Mapping[str, Any]) -> str:
     """One pydantic error in our words: what was given, what is expected."""
     kind, context, given = error["type"], error.get("ctx", {}), error["input"]
     if kind == "missing":
-        return "required, and missing"
+        return "an item is missing" if isinstance(error["loc"][-1], int) else "required, and missing"
     if kind == "value_error":
         return str(context["error"])
     if kind in _BOUNDS:

@@ -145,7 +145,8 @@ class _Builder:
             place = error.problem_mark or error.context_mark
             raise self._wrong(self._at(place), self._syntax(error, place)) from error
         except (ValueError, OverflowError) as error:  # PyYAML converts escapes and versions unchecked
-            raise self._wrong(self._at(self._loader.get_mark()), f"not valid YAML: {error}") from error
+            where = self._at(self._loader.get_mark())
+            raise self._wrong(where, "not valid YAML: an escape or a version number is out of range") from error
 
     def _syntax(self, error: yaml.MarkedYAMLError, place: Any) -> str:
         problem = str(error.problem or error.context or "not valid YAML")
@@ -160,7 +161,7 @@ class _Builder:
             return self._alias(str(event.anchor), mark, path, key)
         if event.tag is not None:
             raise self._wrong(mark, f"tag {event.tag} is not allowed; write a plain value", path)
-        if len(path) > DEEPEST:
+        if len(path) >= DEEPEST and not isinstance(event, yaml.ScalarEvent):
             raise self._wrong(mark, f"nested deeper than {DEEPEST} levels")
         if event.anchor is not None:
             self._anchors[event.anchor] = None
