@@ -1,52 +1,55 @@
-"""An environment of your own: copy a letter a given number of times, `c3=` is answered by `ccc` and the end token.
+"""An environment of your own: put letters in order, `dbca=` is answered by `abcd` and the end token.
 
 Copy this file beside your recipe, change it, and name it there: `type: ./my_env.py:MyEnvironment`. Test it with
 `mrlm_cli.envs.conformance.problems`. It runs in worker processes; what it prints appears on the terminal.
 """
 
+from itertools import product
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from mrlm_cli.envs.base import Environment
 from mrlm_cli.envs.single import SingleReply
+from mrlm_cli.envs.splits import split_classes
 from mrlm_cli.records import Task
 from mrlm_cli.strict import EnvironmentSettings
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
 
 class MyEnvironment(Environment):
-    """Repeat a letter. A letter with its count is in one split: of five neighbouring pairs three are trained on."""
+    """Order letters from a to f. Words of the same letters are in the same split."""
 
     class Config(EnvironmentSettings):
-        """Settings of the recipe's `environments` entry."""
+        """What a recipe may set beside type, name, weight and rewards."""
 
-        longest: Annotated[int, Field(ge=1, le=9)] = 5
-        """Largest count."""
+        letters: Annotated[int, Field(ge=2, le=5)] = 4
+        """Letters of a word."""
 
-    components: ClassVar[dict[str, float]] = {"match": 1.0, "exact": 0.0}  # name -> weight in the training reward
+    components: ClassVar[dict[str, float]] = {"match": 1.0, "exact": 0.0}  # weights in the training reward
 
-    def _pairs(self, split):
-        pairs = [(letter, count) for letter in LETTERS for count in range(1, self.config.longest + 1)]
-        places = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}[split]
-        return [pair for i, pair in enumerate(pairs) if (i + i // self.config.longest) % 5 in places]
+    def __init__(self, config):
+        super().__init__(config)
+        words = ["".join(letters) for letters in product("abcdef", repeat=config.letters)]
+        answers = sorted({"".join(sorted(word)) for word in words})
+        split_of = {answers[i]: split for split, chosen in split_classes(answers).items() for i in chosen}
+        self.words = {split: [] for split in split_of.values()}
+        for word in words:
+            self.words[split_of["".join(sorted(word))]].append(word)
 
     def size(self, split):
-        return len(self._pairs(split))
+        return len(self.words[split])
 
     def task(self, split, index):
-        letter, count = self._pairs(split)[index]
-        return Task(f"{split}/{index}", self.config.label, split, index, {"letter": letter, "count": count})
+        return Task(f"{split}/{index}", self.config.label, split, index, {"word": self.words[split][index]})
 
     def open(self, task, seed):
-        return SingleReply(f"{task.data['letter']}{task.data['count']}=", lambda reply: (self.score(task, reply), {}))
+        return SingleReply(task.data["word"] + "=", lambda reply: (self.score(task, reply), {}))
 
     def score(self, task, reply):
-        wanted, given = list(self.oracle(task)), list(reply.message.content)
-        wanted, given = [*wanted, "end"], [*given, "end"] if reply.stop == "end" else given
+        wanted = [*self.oracle(task), "end"]
+        given = [*reply.message.content] + ["end"] * (reply.stop == "end")
         right = sum(a == b for a, b in zip(wanted, given, strict=False))
         return {"match": right / max(len(wanted), len(given)), "exact": float(wanted == given)}
 
     def oracle(self, task):
-        return task.data["letter"] * task.data["count"]
+        return "".join(sorted(task.data["word"]))
