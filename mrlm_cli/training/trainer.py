@@ -73,7 +73,7 @@ class Trainer:
     def checkpoint_due(self) -> bool:
         """Whether this step is saved: the last, and every so many."""
         every = self.recipe.checkpoint.every
-        return self.step == self.recipe.steps or (every > 0 and self.step % every == 0)
+        return self.step > 0 and (self.step == self.recipe.steps or (every > 0 and self.step % every == 0))
 
     def evaluate(self) -> Evaluation:
         """Evaluate on the validation split, store the result, and remember the best step."""

@@ -117,7 +117,12 @@ class Updater:
         for rows in micro_batches(batch, self._settings.tokens_per_micro_batch):
             part = batch.rows(rows)
             out = self._policy(
-                part.tokens, part.lengths, part.score, temperature=self._temperature, value_only=value_only
+                part.tokens,
+                part.lengths,
+                part.score,
+                temperature=self._temperature,
+                logprobs=not value_only,
+                value_only=value_only,
             )
             parts, metrics = self._algorithm.loss(out, part, progress)
             loss = parts["mass"] / mass + parts["tokens"] / tokens
