@@ -24,8 +24,9 @@ class Guess(Environment):
 
     Components: `win`; `cost`, 1 for every miss; `invalid`, for every reply that is no number of the range, 1 plus the
     share of its characters that are not digits, so that a policy without any idea is led to digits; `exact`, 1 for a
-    win. A reply cut by the length limit ends the episode: it counts as an invalid one for every guess that was left,
-    or breaking off would pay better than guessing. Fact: `guesses`, used in a won game.
+    win. A reply cut by the length limit ends the episode: it is worse by 1 than one that ended, or ending would not be
+    learnt, and counts for every guess that was left, or breaking off would pay better than guessing.
+    Fact: `guesses`, used in a won game.
 
     There is nothing to generalise to: a game has as few states as the range has numbers, and one never trained on
     could not be won by any policy. So validation and test play the same secrets as training, once each, and measure
@@ -95,7 +96,7 @@ class GuessSession:
         left = self._config.guesses - self._used
         self._used += 1
         if reply.stop == "length":
-            return self._turn("", done=True, invalid=left * _strangeness(reply.message.content))
+            return self._turn("", done=True, invalid=left * (1.0 + _strangeness(reply.message.content)))
         guess = _number(reply.message.content, self._config)
         if guess is None:
             return self._turn("?", done=left == 1, invalid=_strangeness(reply.message.content))
