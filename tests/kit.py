@@ -40,7 +40,8 @@ def tiny(folder: Path = Path(), **changes: Any) -> Recipe:
         "engine": {"type": "cached"},
     }
     for key, value in changes.items():
-        fields[key] = {**fields[key], **value} if isinstance(value, dict) and key in fields else value
+        other_type = isinstance(value, dict) and value.get("type") not in (None, fields.get(key, {}).get("type"))
+        fields[key] = {**fields[key], **value} if isinstance(value, dict) and key in fields and not other_type else value
     model = fields.pop("model")
     kind = sections.ScratchModel if model["type"] == "scratch" else sections.PretrainedModel
     return Recipe(

@@ -1,0 +1,150 @@
+"""No dead settings: over some tiny runs, every field of every settings class is read by the code of the package.
+
+Attribute reads are recorded with the function that made them. Reads by validators and by the recipe package do not
+count: checking or printing a value is not obeying it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from mrlm_cli import registry
+from mrlm_cli.records import Message, Reply
+from mrlm_cli.recipe import compose, sections
+from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.strict import AlgorithmSettings, EngineSettings, EnvironmentSettings, Strict
+from tests.kit import tiny, trainer
+
+ROOT = str(Path(compose.__file__).parent.parent)
+NOT_OBEYING = (str(Path(compose.__file__).parent), str(Path(__file__).parent))
+# Read where a recipe becomes objects, before any run: which class, or where the run directory lies.
+BY_COMPOSITION = {
+    ("Recipe", "name"),
+    ("Value", "path"),
+    ("ScratchModel", "type"),
+    ("PretrainedModel", "type"),
+    ("PretrainedModel", "path"),
+}
+
+
+def configs() -> list[type[BaseModel]]:
+    found = [
+        Recipe,
+        sections.Value,
+        sections.Chat,
+        sections.ScratchModel,
+        sections.PretrainedModel,
+        sections.Sampling,
+        sections.Optimizer,
+        sections.Evaluate,
+        sections.Checkpoint,
+        sections.Hardware,
+        sections.Report,
+    ]
+    for kind in registry.BUILT_IN:
+        found += [registry.resolve(kind, name).Config for name in registry.BUILT_IN[kind]]
+    nested = {
+        annotation
+        for config in found
+        for field in config.model_fields.values()
+        for annotation in _classes(field.annotation)
+    }
+    return list(dict.fromkeys([*found, *sorted(nested, key=lambda each: each.__name__)]))
+
+
+def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        if annotation not in (AlgorithmSettings, EngineSettings, EnvironmentSettings):
+            yield annotation
+        return
+    for part in getattr(annotation, "__args__", ()):
+        yield from _classes(part)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
+    found: set[tuple[str, str]] = set()
+
+    def watched(self: Any, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        if not name.startswith("_") and name in type(self).model_fields:
+            frame = sys._getframe(1)
+            file = frame.f_code.co_filename
+            if file.startswith(ROOT) and not file.startswith(NOT_OBEYING) and frame.f_code.co_name != "_fits":
+                found.add((type(self).__qualname__, name))
+        return value
+
+    monkeypatch.setattr(Strict, "__getattribute__", watched)
+    return found
+
+
+RUNS: list[dict[str, Any]] = [
+    {},
+    {
+        "algorithm": {
+            "type": "ppo",
+            "truncation": "terminal",
+            "missing_end_penalty": 0.1,
+            "reward_clip": [-1, 1],
+            "reward_scale": True,
+            "whiten_rewards": True,
+            "kl": {"coef": 0.1, "target": 1.0},
+            "target_kl": 10.0,
+            "value_clip": 0.2,
+            "value_pretraining": {"steps": 1, "explained_variance": 0.9},
+            "importance_cap": 2.0,
+            "aggregation": "constant",
+            "constant_length": 8,
+        },
+        "sampling": {"tasks_per_step": 4, "max_tokens": 32, "stop": ["="]},
+        "environments": [
+            {"type": "arithmetic", "digits": 1},
+            {"type": "guess", "weight": 2.0},
+            {"type": "sentiment"},
+            {"type": "sort_digits", "digits": 3, "name": "sort"},
+        ],
+        "steps": 3,
+    },
+    {"engine": {"type": "generate"}, "sampling": {"tasks_per_step": 2, "max_new_tokens": 2}},
+]
+
+
+def test_every_field_is_read(tmp_path: Path, reads: set[tuple[str, str]]) -> None:
+    from mrlm_cli.training import loop
+    from mrlm_cli.training.stopping import Stopper
+
+    with trainer(tmp_path / "refused", tiny(sampling={"max_tokens": 6, "max_new_tokens": 4})) as made:
+        loop.iteration(made)  # no prompt fits, so the iteration is refused
+    for number, changes in enumerate(RUNS):
+        recipe = tiny(**{"checkpoint": {"every": 1}, "steps": 1, **changes})
+        with trainer(tmp_path / f"run{number}", recipe) as made:
+            made.run.write_evaluation(0, {})
+            loop.run(made, Stopper())
+    pretrained = tiny(model={"type": "pretrained", "path": str(tmp_path / "run0/checkpoints/latest/policy")})
+    pretrained = pretrained.model_copy(update={"name": "again"})
+    with trainer(tmp_path / "pretrained", pretrained) as made:
+        assert made.policy.value is not None
+    for kind, field in (("arithmetic", "form"), ("sentiment", "instruction")):
+        environment = registry.resolve("environments", kind)
+        made_environment = environment(environment.Config(type=kind))
+        session = made_environment.open(made_environment.task("train", 0), 0)
+        session.start()
+        session.step(Reply(Message("assistant", "1"), "end"))
+        assert field in environment.Config.model_fields
+    declared = {(config.__qualname__, name) for config in configs() for name in config.model_fields}
+    unread = sorted(declared - reads - BY_COMPOSITION)
+    assert not unread, f"settings that nobody reads: {unread}"
+
+
+def test_a_field_that_no_body_reads_fails(reads: set[tuple[str, str]]) -> None:
+    class Silent(Strict):
+        dead: int = 1
+
+    assert Silent().dead == 1  # read by a test, which does not count
+    assert not reads
