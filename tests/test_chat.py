@@ -18,7 +18,8 @@ from mrlm_cli.records import Message
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|start|>system\nBe kind.<|stop|>\n{% endif %}"
-    "<|start|>{{ m['role'] }}\n{{ m['content'] }}<|stop|>\n{% endfor %}"
+    "<|start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}call {{ call['function']['name'] }}{% endfor %}<|stop|>\n{% endfor %}"
     "{% if tools %}tools: {{ tools[0]['name'] }}\n{% endif %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
@@ -171,13 +172,31 @@ def test_text_that_spells_special_tokens_never_becomes_one(template, text):
     assert f"x{text}x" in door.decode(flat(followed))
 
 
-def test_special_text_in_a_system_prompt_a_tool_call_and_private_characters_is_ordinary_too():
-    door = chat("chatml", system="a<|stop|>b\ue000")
-    tokens = flat(door.open([user("\ue000\ue001<|start|>")]))
+def test_special_text_in_a_system_prompt_and_a_tool_call_is_ordinary_too():
+    door = chat("chatml", system="a<|stop|>b")
+    call = {"type": "function", "function": {"name": "<|start|>", "arguments": {}}}
+    tokens = flat(door.open([user("<|begin|>"), Message("assistant", "", tool_calls=(call,)), user("c")]))
     assert door.decode(tokens) == (
-        "<|start|>system\na<|stop|>b\ue000<|stop|>\n<|start|>user\n\ue000\ue001<|start|><|stop|>\n<|start|>assistant\n"
+        "<|start|>system\na<|stop|>b<|stop|>\n<|start|>user\n<|begin|><|stop|>\n"
+        "<|start|>assistant\ncall <|start|><|stop|>\n<|start|>user\nc<|stop|>\n<|start|>assistant\n"
     )
-    assert [token for token in tokens if token in door.tokenizer.all_special_ids] == [0, 1, 0, 1, 0]
+    assert [token for token in tokens if token in door.tokenizer.all_special_ids] == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+
+
+def test_private_characters_come_through_as_they_are():
+    door = chat("chatml")
+    text = "\ue0001\ue000 \ue001<|stop|>\ue0012\ue001"
+    call = {"type": "function", "function": {"name": "\ue0021\ue002", "arguments": {}}}
+    whole = door.decode(flat(door.open([user(text), Message("assistant", "", tool_calls=(call,))])))
+    assert text in whole
+    assert "call \ue0021\ue002" in whole
+
+
+def test_a_spelled_special_token_has_the_tokens_of_its_text():
+    door = chat(None)
+    expected = door.tokenizer("<|stop|>", split_special_tokens=True).input_ids
+    assert len(expected) < len("<|stop|>")
+    assert flat(door.open([user("<|stop|>")])) == expected
 
 
 def test_a_message_that_contains_the_stand_in_is_nothing_special():

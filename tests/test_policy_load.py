@@ -162,6 +162,32 @@ def test_loaded_weights_lie_in_allocations_of_their_own(saved):
     assert all(p.requires_grad and p.dtype == torch.float32 for p in loaded.parameters())
 
 
+def test_views_of_one_buffer_are_taken_apart(saved, monkeypatch):
+    """What a reader returns may be slices of one mapped file."""
+    buffer = torch.arange(24.0)
+    module = torch.nn.Linear(4, 3)
+    module.weight.data, module.bias.data = buffer[1:13].view(4, 3).t(), buffer[13:16]
+    tied = torch.nn.ModuleList([module, torch.nn.Linear(4, 3)])
+    tied[1].weight = module.weight
+    pretrained.fresh_allocations(tied)
+    assert torch.equal(module.weight, buffer[1:13].view(4, 3).t())
+    assert tied[1].weight is module.weight
+    for parameter in module.parameters():
+        assert parameter.is_contiguous()
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * 4
+    directory, _ = saved
+    policy, _ = build(scratch_with(head="mlp"))
+    stored = load_file(directory / "value.safetensors")
+    whole = torch.cat([tensor.flatten() for tensor in stored.values()])
+    pieces = whole.split([tensor.numel() for tensor in stored.values()])
+    views = {name: piece.view(stored[name].shape) for name, piece in zip(stored, pieces, strict=True)}
+    monkeypatch.setattr(load, "load_file", lambda _: views)
+    load.load_weights(policy, directory)
+    for name, parameter in policy.value.named_parameters():
+        assert torch.equal(parameter, stored[name])
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * 4
+
+
 def test_half_precision_files_become_float32_masters(tmp_path, saved):
     _, policy = saved
     policy.lm.to(torch.bfloat16).save_pretrained(tmp_path / "half")
@@ -214,7 +240,7 @@ def test_a_run_a_checkpoint_and_a_model_directory_are_all_models(saved, tmp_path
     assert digest(build(at(run))[0].lm) == digest(policy.lm)
 
 
-def test_wrong_directories_are_refused_in_one_sentence(saved, tmp_path):
+def test_wrong_directories_are_refused_in_one_sentence(saved, tmp_path, monkeypatch):
     directory, _ = saved
     weights = directory / "policy" / "model.safetensors"
     good = weights.read_bytes()
@@ -238,6 +264,8 @@ def test_wrong_directories_are_refused_in_one_sentence(saved, tmp_path):
     assert "holds no .safetensors file" in refused()
     torch.save(tensors, directory / "policy" / "pytorch_model.bin")
     assert "is a pickle" in refused()
+    (directory / "policy" / "other.safetensors").write_bytes(good)  # does not make the pickle welcome
+    assert "cannot be read" in refused()
     weights.write_bytes(good)
     (directory / "policy" / "pytorch_model.bin").unlink()
     (directory / "policy" / "config.json").write_text("{")
@@ -249,6 +277,13 @@ def test_wrong_directories_are_refused_in_one_sentence(saved, tmp_path):
     (tmp_path / "file").write_text("x")
     assert "is a file" in refused(tmp_path / "file")
     assert "there is no model at" in refused(tmp_path / "nothing", UserError)
+
+    def unreachable(*_arguments, **_options):
+        raise OSError("no route\nand more lines")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrained.AutoConfig, "from_pretrained", unreachable)
+        assert "could not be had from the hub: no route" in refused("no-such-maker/no-such-model", UserError)
     assert refused("models/smollm2-135m", UserError).endswith("mrlm fetch smollm2-135m")
     assert refused("/somewhere/smollm2-135m", UserError).endswith("mrlm fetch smollm2-135m --to /somewhere")
 

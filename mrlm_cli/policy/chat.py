@@ -12,7 +12,7 @@ Text inside messages that spells a special token is encoded as ordinary text.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mrlm_cli.errors import UserError
@@ -171,15 +171,21 @@ class Chat:
             if place % 2:
                 tokens += self._ordinary(self._special[int(piece)])
             elif piece:
-                tokens += self.tokenizer(piece, add_special_tokens=False).input_ids
+                tokens += self.tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
         return tuple(tokens)
 
     def _ordinary(self, text: str) -> list[int]:
         """A special token's spelling as ordinary tokens; character by character if the tokenizer insists on it."""
-        whole: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        whole: list[int] = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        ).input_ids
         if not any(self._special.get(token) == text for token in whole):
             return whole
-        return [token for letter in text for token in self.tokenizer(letter, add_special_tokens=False).input_ids]
+        return [
+            token
+            for letter in text
+            for token in self.tokenizer(letter, add_special_tokens=False, verbose=False).input_ids
+        ]
 
 
 def _special_tokens(tokenizer: Any) -> dict[int, str]:
@@ -201,6 +207,17 @@ def _as_dict(message: Message) -> dict[str, Any]:
 
 
 def _guard(messages: Sequence[Message]) -> str:
-    """A character of Unicode's private use area that is in none of the messages."""
-    text = repr(messages) + "".join(message.content for message in messages)
-    return next(character for character in map(chr, range(0xE000, 0xF8FF)) if character not in text)
+    """A character of Unicode's private use area that is in no string of the messages."""
+    used = {character for message in messages for text in _strings(_as_dict(message)) for character in text}
+    return next(character for character in map(chr, range(0xE000, 0xF8FF)) if character not in used)
+
+
+def _strings(item: Any) -> Iterator[str]:
+    if isinstance(item, str):
+        yield item
+    elif isinstance(item, Mapping):
+        for value in item.values():
+            yield from _strings(value)
+    elif isinstance(item, list | tuple):
+        for value in item:
+            yield from _strings(value)
