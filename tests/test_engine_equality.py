@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from mrlm_cli.draws import uniforms
+from mrlm_cli.engines.sampler import sample
 from mrlm_cli.errors import EngineError
 from mrlm_cli.records import Request
 from tests.engine_helpers import (
     FAMILIES,
     assert_agree,
     cached,
+    is_near_tie,
     nothing,
     prompt,
     ragged,
@@ -32,14 +35,19 @@ def test_equals_generate(family):
     assert all(part.training for part in module.modules())
 
 
-def test_logprobs_are_those_of_a_plain_forward():
+def test_tokens_and_logprobs_are_those_of_plain_forwards():
     module = tiny()
     requests = [request("a", prompt("a", 5), temperature=0.7), request("b", prompt("b", 11), temperature=0.0)]
-    for asked, done in zip(requests, cached(module).generate(requests), strict=True):
-        scoring = asked.limits.temperature or 1.0
-        for count, (token, logprob) in enumerate(zip(done.tokens, done.logprobs, strict=True)):
-            logits = true_logits(module, asked.tokens + done.tokens[:count])
-            assert abs(float(torch.log_softmax(logits / scoring, dim=-1)[token]) - logprob) < 1e-4
+    for make in (cached, reference):
+        for asked, done in zip(requests, make(module).generate(requests), strict=True):
+            temperature = asked.limits.temperature
+            for count, (token, logprob) in enumerate(zip(done.tokens, done.logprobs, strict=True)):
+                logits = true_logits(module, asked.tokens + done.tokens[:count])
+                drawn = uniforms(asked.draw_key, len(asked.tokens) + count)  # the absolute position in the conversation
+                row = torch.tensor([drawn], dtype=torch.float64)
+                expected = int(sample(logits[None], torch.tensor([temperature]), row)[0])
+                assert token == expected or is_near_tie(module, asked, done.tokens[:count], token, expected)
+                assert abs(float(torch.log_softmax(logits / (temperature or 1.0), dim=-1)[token]) - logprob) < 1e-4
 
 
 def test_sampled_tokens_do_not_depend_on_the_company():
@@ -116,6 +124,18 @@ def test_float32_shares_the_weights_and_training_goes_on():
         after,
         reference(module).generate([request("a", prompt("a", 5), temperature=0.0)]),
     )
+
+
+def test_rows_that_end_early_are_carried_along_unharmed():
+    module = tiny()
+    # One row in ten ends at once, too few for a turnover, while the others go on for longer than its slot has room.
+    early = request("early", prompt("early", 30), new=2)
+    requests = [early, *(request(f"r{i}", prompt(f"r{i}", 2), new=30) for i in range(9))]
+    engine = cached(module)
+    done = engine.generate(requests)
+    assert_agree(module, requests, done, reference(module).generate(requests))
+    further = [request("early", early.tokens + done[0].tokens + (9,), new=6)]
+    assert_agree(module, further, engine.generate(further), reference(module).generate(further))
 
 
 def test_equal_prompts_are_computed_once():

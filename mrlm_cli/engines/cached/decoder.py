@@ -16,7 +16,7 @@ from mrlm_cli.engines.sampler import sample
 from mrlm_cli.engines.weights import Weights, decoding
 from mrlm_cli.records import Completion, Request
 
-PREFILL_TOKENS = 4096  # padded tokens of one prefill forward; a longer prompt makes a forward of its own
+PREFILL_TOKENS = 2048  # padded tokens of one prefill forward; a longer prompt makes a forward of its own
 TURNOVER = 8  # rows are retired and refilled when at least one in this many has ended
 
 
@@ -40,10 +40,11 @@ class Decoder:
     def load(self, module: torch.nn.Module) -> None:
         """Take weights, forget every conversation."""
         self.free(list(self._held))
+        before = self._forward
         self._weights.load(module)
-        self._forward = Forward(self._weights.module)
         self._device = next(self._weights.module.parameters()).device
-        self._cache = None
+        if before is None or before.module is not self._weights.module:
+            self._forward, self._cache = Forward(self._weights.module), None
 
     def free(self, names: Iterable[str]) -> None:
         """Forget these conversations; unknown names are ignored."""

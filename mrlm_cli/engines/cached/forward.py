@@ -26,7 +26,7 @@ class Forward:
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._module: Any = module
+        self.module: Any = module
         config: Any = module.config
         if config._attn_implementation not in ("sdpa", "eager"):
             raise EngineError(
@@ -73,7 +73,7 @@ class Forward:
         cache.write = Write(slots, fresh, width, at_slots, at_positions, real)
         last = None if queries == 1 else (offsets[:, -1] if counts is None else counts - 1)
         with self._head_at(last):
-            out = self._module(
+            out = self.module(
                 input_ids=tokens,
                 attention_mask=self._masks(positions, width),
                 position_ids=positions,
@@ -87,7 +87,7 @@ class Forward:
     def _masks(self, positions: torch.Tensor, width: int) -> Any:
         """Additive masks [B, 1, Q, width]: a tensor, or one for each kind of layer where a model has several."""
         keys = torch.arange(width, device=positions.device)
-        dtype = self._module.get_input_embeddings().weight.dtype
+        dtype = self.module.get_input_embeddings().weight.dtype
         masks = {}
         for kind, window in self._windows.items():
             seen = keys <= positions[:, None, :, None]
@@ -106,7 +106,7 @@ class Forward:
             yield
             return
         every = torch.arange(len(last), device=last.device)
-        hook = self._module.get_output_embeddings().register_forward_pre_hook(
+        hook = self.module.get_output_embeddings().register_forward_pre_hook(
             lambda _, inputs: (inputs[0][every, last][:, None],)
         )
         try:
