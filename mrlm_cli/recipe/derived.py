@@ -61,13 +61,13 @@ def derive(recipe: Recipe, folders: Sequence[Path] = ()) -> Derived:
 def _memory(recipe: Recipe, found: Shape, value: int, longest: int, reference: bool) -> float:
     """Bytes at the peak of an iteration: process, weights, gradients, Adam, activations, logits, keys and values.
 
-    An estimate, good to a factor of two: what an allocator keeps and a kernel borrows is not counted, and episodes are
-    taken to be as long as they may be.
+    An estimate, good to a factor of two: what an allocator keeps and a kernel borrows is not counted, nor a single
+    episode longer than a micro-batch. Cached episodes are taken to be as long as they may be.
     """
     number = 2 if recipe.hardware.precision == "bfloat16" else 4
     weights = (found.parameters + value) * (4 + 4 + 8)  # fp32 masters, gradients, two Adam moments
     copies = found.parameters * ((4 if reference else 0) + (2 if number == 2 else 0))
-    tokens = max(recipe.optimizer.tokens_per_micro_batch, longest)
+    tokens = recipe.optimizer.tokens_per_micro_batch
     layer = (8 * found.hidden + 2 * found.key_width + 4 * found.mlp) * number  # kept for the backward pass
     layers = (
         found.hidden * number * found.layers + layer if recipe.hardware.gradient_checkpointing else layer * found.layers

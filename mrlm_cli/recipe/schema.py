@@ -132,5 +132,3 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
             ("optimizer", "minibatches"),
             f"got {recipe.optimizer.minibatches}; expected at most the {recipe.episodes_per_step} episodes of a step",
         )
-    if recipe.optimizer.warmup > recipe.steps:
-        yield ("optimizer", "warmup"), f"got {recipe.optimizer.warmup}; expected at most steps = {recipe.steps}"
