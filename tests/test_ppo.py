@@ -168,7 +168,13 @@ def test_credit_equals_the_slow_reference(name, seed):
 
 
 def slow_loss(algorithm, out, batch, progress):
+    """The two sums and the mean of every metric, token by token."""
     config, total = algorithm.config, {"mass": 0.0, "tokens": 0.0}
+    per_token, over_mass = {}, {"policy_loss": 0.0, "kl_loss": 0.0}
+
+    def measure(name, x):
+        per_token.setdefault(name, []).append(x)
+
     factor = 1 - 0.9 * progress.step / progress.steps if config.entropy.schedule == "linear" else 1.0
     for b, t in batch.mask.nonzero().tolist():
         if batch.mass[b] == 0:
@@ -185,14 +191,26 @@ def slow_loss(algorithm, out, batch, progress):
             term *= min(config.importance_cap, math.exp(old - batch.logprobs[b, t].item()))
         k1 = new - batch.ref_logprobs[b, t].item()
         estimate = {"reward": 0.0, "k2": k1**2 / 2, "k3": math.exp(-k1) - 1 + k1, "k3+": math.exp(-k1) - 1 + k1}
-        term += config.kl.coef * estimate[config.kl.form]
-        total["mass"] += batch.weights[b, t].item() * term
+        weight = batch.weights[b, t].item()
+        over_mass["policy_loss"] += weight * term
+        over_mass["kl_loss"] += weight * estimate[config.kl.form]
+        total["mass"] += weight * (term + config.kl.coef * estimate[config.kl.form])
+        measure("approx_kl", ratio - 1 - math.log(ratio))
+        measure("clip_fraction", float(not 1 - config.clip[0] <= ratio <= 1 + config.clip[1]))
+        measure("policy_moved", abs(new - old))
+        measure("entropy", out.entropy[b, t].item())
         error = (value - target) ** 2
         if config.value_clip:
             near = min(max(value, was - config.value_clip), was + config.value_clip)
             error = max(error, (near - target) ** 2)
+            measure("value_clip_fraction", float(abs(value - was) > config.value_clip))
+        measure("value_loss", error / 2)
         total["tokens"] += config.value_coef * error / 2 - config.entropy.coef * factor * out.entropy[b, t].item()
-    return total
+    if config.kl.form == "reward":
+        del over_mass["kl_loss"]
+    mass = batch.mass.sum().item()
+    means = {name: math.fsum(xs) / len(xs) for name, xs in per_token.items()}
+    return total, means | {name: x / mass for name, x in over_mass.items()}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -201,10 +219,10 @@ def test_loss_equals_the_slow_reference(name, seed):
     algorithm, progress = ppo(**SETTINGS[name]), Progress(4, 10)
     batch, _ = algorithm.credit(make_batch(seed), progress)
     out = make_out(batch, seed + 10)
-    found, _ = algorithm.loss(out, batch, progress)
-    expected = slow_loss(algorithm, out, batch, progress)
-    assert found["mass"].item() == pytest.approx(expected["mass"], rel=1e-11)
-    assert found["tokens"].item() == pytest.approx(expected["tokens"], rel=1e-11)
+    found, sums = algorithm.loss(out, batch, progress)
+    expected, measured = slow_loss(algorithm, out, batch, progress)
+    assert {name: x.item() for name, x in found.items()} == pytest.approx(expected, rel=1e-11)
+    assert sums.means() == pytest.approx(measured, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "k3+"])  # its gradient is another's on purpose
@@ -302,6 +320,43 @@ def test_nan_outside_the_chosen_tokens_is_harmless_and_inside_it_is_seen(name):
     assert one.loss(out, clean, START)[0]["mass"].isnan()
 
 
+def test_golden_numbers_of_another_implementation():
+    """Made by executing the reward, GAE and loss lines of TRL 1.12.0's PPO trainer on the same float64 inputs.
+
+    It adds 1e-8 to the variance when it whitens, hence the tolerance. Here its 4 tokens are chosen tokens 1, 3, 4, 7.
+    """
+    place, i = torch.tensor([1, 3, 4, 7]), torch.arange(8, dtype=torch.float64).reshape(2, 4)
+
+    def wide(x):
+        result = torch.full((2, 9), 5.0, dtype=torch.float64)  # what lies between the chosen tokens must not matter
+        result[:, place] = x
+        return result
+
+    mask = wide(0 * i) == 0
+    rewards = torch.zeros(2, 9, dtype=torch.float64)
+    rewards[:, 7] = torch.tensor([1.0, -0.5])
+    old, values = wide(-(1 + torch.sin(i))), wide(torch.sin(2 * i))
+    batch = make_batch(rows=2, width=9).replace(
+        mask=mask, rewards=rewards, old_logprobs=old, ref_logprobs=wide(-(1 + torch.cos(i))), values=values
+    )
+    algorithm = ppo(gamma=0.9, gae_lambda=0.8, value_clip=0.3, whiten_rewards=True, kl={"coef": 0.1})
+    batch, _ = algorithm.credit(batch, START)
+    out = PolicyOut(
+        wide(old[:, place] + 0.3 * torch.cos(3 * i)), old, wide(values[:, place] + 0.5 * torch.sin(5 * i)), None
+    )
+    measured = algorithm.loss(out, batch, START)[1].means()
+    returns = [[0.754696046, 1.197445427, 1.8432861317, 2.3173863463],
+               [-0.9818415795, -1.1168703272, -0.9685918744, -1.1453339266]]  # fmt: skip
+    advantages = [[0.3388749064, 0.0812676124, 1.3578194573, 1.3560046407],
+                  [-1.166244803, -0.3941371503, -0.31637688, -1.2572077834]]  # fmt: skip
+    torch.testing.assert_close(batch.returns[:, place], torch.tensor(returns, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        batch.advantages[:, place], torch.tensor(advantages, dtype=torch.float64), rtol=0, atol=1e-6
+    )
+    assert measured["policy_loss"] == pytest.approx(0.0177262999, abs=1e-6)
+    assert measured["value_loss"] == pytest.approx(1.534018219, abs=1e-6)
+
+
 def test_first_optimizer_step_has_ratio_one():
     algorithm = ppo(kl={"coef": 0.1, "form": "k3"})
     batch = make_batch()
@@ -390,10 +445,11 @@ def test_many_episodes_move_the_kl_coefficient_by_a_fifth_at_most():
 
 def test_loss_uses_the_kl_coefficient_of_its_iteration():
     algorithm = ppo(kl={"coef": 0.1, "target": 1000.0, "horizon": 2, "form": "k2"}, whiten_advantages=False)
-    batch, sums = algorithm.credit(one_row([0.0], logprob_gap=3.0), START)
-    found, _ = algorithm.loss(PolicyOut(batch.old_logprobs, batch.values, batch.values, None), batch, START)
-    assert found["mass"].item() == pytest.approx(sums.means()["kl_coef"] * 4.5)
-    assert algorithm.state()["kl_coef"] < sums.means()["kl_coef"]
+    for step, coefficient in enumerate([0.1, 0.1 * 0.9]):
+        batch, sums = algorithm.credit(one_row([0.0], logprob_gap=3.0), Progress(step, 10))
+        found, _ = algorithm.loss(PolicyOut(batch.old_logprobs, batch.values, batch.values, None), batch, START)
+        assert sums.means()["kl_coef"] == pytest.approx(coefficient)
+        assert found["mass"].item() == pytest.approx(coefficient * 4.5)
 
 
 def test_a_step_that_is_not_finite_leaves_the_state_alone():

@@ -24,8 +24,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, gamma:
     longest = int(count_B.max()) if mask.numel() else 0
     index_BK = torch.argsort(~mask, dim=1, stable=True)[:, :longest]  # chosen tokens first, in order
     real_BK = torch.arange(longest, device=mask.device) < count_B[:, None]
-    rewards_BK = rewards.gather(1, index_BK).masked_fill(~real_BK, 0)
-    values_BK = values.gather(1, index_BK).masked_fill(~real_BK, 0)
+    rewards_BK = rewards.gather(1, index_BK)
+    values_BK = values.gather(1, index_BK)
     last_BK = torch.arange(longest, device=mask.device) == count_B[:, None] - 1
     following_BK = torch.cat((values_BK[:, 1:], values_BK.new_zeros(len(mask), 1)), 1)[:, :longest]
     following_BK = torch.where(last_BK, bootstrap[:, None], following_BK)

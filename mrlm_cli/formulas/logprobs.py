@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_LOGITS = 2**24  # 64 MiB of fp32: large enough for full matrix speed, small beside the weights of the model
+# 128 MiB in fp32. Each further chunk costs a pass over the head's whole gradient [V,H], so that small ones are slow.
+CHUNK_LOGITS = 2**25
 
 
 def chunked_logprobs(
