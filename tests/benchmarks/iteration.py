@@ -1,0 +1,127 @@
+"""Time one PPO iteration by phase: rollout, scoring, update. Prints one JSON line.
+
+    python tests/benchmarks/iteration.py --model scratch
+    python tests/benchmarks/iteration.py --model models/smollm2-135m --precision bfloat16
+
+The work of an iteration: 32 episodes of 32 prompt tokens and exactly 64 new tokens each (a sampled end token does not
+stop a row), 4 passes in one minibatch, entropy and value loss on, KL in the reward against the starting policy. The
+first iteration warms up and is not counted; what is quoted is the median of the others. Times of one machine mean
+little: compare with a peer's in the same session.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mrlm_cli import registry
+from mrlm_cli.recipe import sections
+from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.records import Completion
+from mrlm_cli.training import loop
+from mrlm_cli.training.announce import Announcer
+from mrlm_cli.training.rundir import RunDirectory
+from mrlm_cli.training.stage import Stage, settled
+from mrlm_cli.training.stopping import Stopper
+from mrlm_cli.training.trainer import Trainer
+
+# Expressions come first, so that no two prompts share a beginning that could be computed once.
+QUESTION = "{expression} " + "the of one two tree river count each box had three more than gave left total " * 4
+PROMPT, NEW, EPISODES, PASSES = 32, 64, 32, 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="scratch", help="scratch, or the directory of a pretrained model")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--value", default="shared", choices=["shared", "separate"])
+    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--tokens-per-micro-batch", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=None)
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments)))
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        return _measure(arguments, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    value = {"type": arguments.value}
+    model: Any = (
+        sections.ScratchModel(type="scratch", layers=4, hidden=256, mlp=688, tokenizer="bytes", value=value)
+        if arguments.model == "scratch"
+        else sections.PretrainedModel(
+            type="pretrained", path=arguments.model, value=value, chat=sections.Chat(template="plain")
+        )
+    )
+    arithmetic = registry.resolve("environments", "arithmetic")
+    recipe = settled(
+        Recipe(
+            name="iteration",
+            steps=arguments.iterations + 1,
+            model=model,
+            environments=(arithmetic.Config(type="arithmetic", digits=4, prompt=QUESTION),),
+            sampling=sections.Sampling(tasks_per_step=EPISODES, max_new_tokens=NEW, max_tokens=PROMPT + NEW),
+            algorithm=registry.resolve("algorithms", "ppo").Config(
+                type="ppo", kl={"coef": 0.05}, entropy={"coef": 0.01}
+            ),
+            optimizer=sections.Optimizer(
+                lr=1e-6, passes=PASSES, tokens_per_micro_batch=arguments.tokens_per_micro_batch
+            ),
+            hardware=sections.Hardware(threads=arguments.threads, precision=arguments.precision),
+            engine=registry.resolve("engines", "cached").Config(),
+        )
+    )
+    run = RunDirectory.create(folder / "run", recipe_yaml="", origins={}, machine={})
+    announce = Announcer([])
+    with (
+        Stopper() as stopper,
+        Stage(recipe, (folder,), journal=run.journal, check=stopper.check, phase=announce.phase) as stage,
+        run.lock(),
+    ):
+        trainer = Trainer(recipe, (folder,), stage, run, announce)
+        _fixed_work(stage)
+        trainer.engine.load(trainer.policy.lm)
+        for _ in range(arguments.iterations + 1):
+            loop.iteration(trainer)
+        rows = run.metrics()
+    phases = ("seconds", "rollout_seconds", "scoring_seconds", "update_seconds", "tokens_per_second")
+    return {
+        "benchmark": "iteration",
+        **vars(arguments),
+        "threads": recipe.hardware.threads,
+        "parameters": sum(each.numel() for each in trainer.policy.parameters()),
+        "sampled_tokens": int(rows[-1]["length"] * rows[-1]["episodes"]),
+        **{name: round(statistics.median(row[name] for row in rows[1:]), 3) for name in phases},
+        "first_iteration_seconds": round(rows[0]["seconds"], 3),
+        "memory_mb": round(rows[-1]["memory_mb"]),
+    }
+
+
+def _fixed_work(stage: Stage) -> None:
+    """Every prompt is cut to 32 tokens, every reply has exactly 64."""
+    opened, generate = stage.chat.open, stage.engine.generate
+
+    def cut(*given: Any) -> Any:
+        return [(kind, tokens[:PROMPT]) for kind, tokens in opened(*given)]
+
+    def full(requests: Any) -> list[Completion]:
+        return generate([replace(each, limits=replace(each.limits, ignore_end=True)) for each in requests])
+
+    stage.chat.open = cut  # type: ignore[method-assign]
+    stage.engine.generate = full  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main()
