@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of chosen tokens, without ever holding the logits of all of them.
 
 N scored tokens, H width of the hidden state, V words of the vocabulary. The only arrays of size [., V] are those of one
-chunk of at most `CHUNK_LOGITS` logits, a rule that depends on V alone, so that the same rows give the same bits.
+chunk of at most `CHUNK_LOGITS` logits, a fixed rule: no setting, and no memory that happens to be free, changes bits.
 """
 
 from __future__ import annotations
