@@ -7,6 +7,7 @@ import torch
 
 from mrlm_cli.formulas import logprobs
 from mrlm_cli.formulas.logprobs import chunked_logprobs
+from mrlm_cli.recipe import derived
 
 
 def reference(hidden, targets, head, temperature):
@@ -128,3 +129,7 @@ def test_chunks_under_autocast_have_the_gradient_of_one_chunk(monkeypatch):
         torch.testing.assert_close(left, right, rtol=2e-2, atol=2e-2)
     exact = reference(hidden.double(), targets, lambda x: x @ linear.weight.double().T, 1.0)[0]
     assert (results[0][0].double() - exact).abs().max() > 1e-4  # the product really was in bf16
+
+
+def test_the_memory_estimate_knows_the_size_of_a_chunk():
+    assert derived._CHUNK_LOGITS == logprobs.CHUNK_LOGITS  # a recipe may not import formulas, so it is said twice

@@ -13,7 +13,7 @@ from mrlm_cli.recipe.shape import Shape
 
 MIB = 2**20
 _PROCESS = 450 * MIB  # Python, torch and transformers before a model, measured on CPU
-_CHUNK_LOGITS = 2**24  # logits held at once by a scoring pass, a rule of formulas.logprobs
+_CHUNK_LOGITS = 2**25  # logits held at once by a scoring pass, a rule of formulas.logprobs
 
 
 @dataclass(frozen=True, slots=True)
