@@ -276,6 +276,19 @@ def test_load_weights_brings_every_bit_back_into_new_allocations(family, tmp_pat
         assert policy.lm.get_output_embeddings().weight is policy.lm.get_input_embeddings().weight
 
 
+def test_bfloat16_gradients_are_near_and_survive_checkpointing():
+    tokens, lengths, score = episodes()
+    exact, rough, saving = tiny("qwen3"), tiny("qwen3", precision="bfloat16"), tiny("qwen3", precision="bfloat16")
+    checkpoint_activations(saving.lm)
+    found = [
+        gradients(policy, loss_of(policy(tokens, lengths, score, temperature=1.0), score.float()))
+        for policy in (exact, rough, saving)
+    ]
+    assert 1e-4 < distance(found[1], found[0]) < 0.05
+    assert distance(found[2], found[1]) < 1e-6
+    assert all(gradient.dtype == torch.float32 for gradient in found[1].values())
+
+
 def test_trunk_gradient_scales_only_what_the_value_loss_sends_into_the_trunk():
     tokens, lengths, score = episodes()
 

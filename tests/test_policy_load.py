@@ -175,6 +175,9 @@ def test_views_of_one_buffer_are_taken_apart(saved, monkeypatch):
     for parameter in module.parameters():
         assert parameter.is_contiguous()
         assert parameter.untyped_storage().nbytes() == parameter.numel() * 4
+    lm = scratch.language_model(SCRATCH, 59, seed=0)
+    lm.model.norm.weight.data = buffer[2:18]
+    assert pretrained.settled(lm).model.norm.weight.untyped_storage().nbytes() == 64
     directory, _ = saved
     policy, _ = build(scratch_with(head="mlp"))
     stored = load_file(directory / "value.safetensors")
@@ -284,6 +287,9 @@ def test_wrong_directories_are_refused_in_one_sentence(saved, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(pretrained.AutoConfig, "from_pretrained", unreachable)
         assert "could not be had from the hub: no route" in refused("no-such-maker/no-such-model", UserError)
+        patch.chdir(tmp_path)
+        for missing in ("runs/nothing", "models/nothing", "empty/nothing", "./nothing", "a/b/c"):
+            assert refused(missing, UserError).startswith("there is no model at")
     assert refused("models/smollm2-135m", UserError).endswith("mrlm fetch smollm2-135m")
     assert refused("/somewhere/smollm2-135m", UserError).endswith("mrlm fetch smollm2-135m --to /somewhere")
 

@@ -41,7 +41,8 @@ class Chat:
             raise UserError("model.chat.template is model, but this tokenizer has no chat template; use plain")
         self._plain = section.template == "plain" or not has_template
         self._special = {int(index): str(token) for index, token in _special_tokens(tokenizer).items()}
-        longest_first = sorted(self._special.values(), key=len, reverse=True)
+        self._numbers = {token: index for index, token in self._special.items()}
+        longest_first = sorted(self._numbers, key=len, reverse=True)
         self._spelled = re.compile("|".join(re.escape(token) for token in longest_first) or r"(?!)")
         self._closing = () if self._plain else self._tail((), (), header=False)
         self.end_tokens = self._find_end_tokens()
@@ -156,8 +157,7 @@ class Chat:
     def _marked(self, item: Any, guard: str) -> Any:
         """`item` with every special token that its strings spell replaced by a mark, `guard` around its number."""
         if isinstance(item, str):
-            numbers = {token: index for index, token in self._special.items()}
-            return self._spelled.sub(lambda match: f"{guard}{numbers[match.group()]}{guard}", item)
+            return self._spelled.sub(lambda match: f"{guard}{self._numbers[match.group()]}{guard}", item)
         if isinstance(item, Mapping):
             return {key: self._marked(value, guard) for key, value in item.items()}
         if isinstance(item, list | tuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from mrlm_cli.errors import CheckpointError, MissingExtra, UserError
 from mrlm_cli.policy.pretrained import quiet, settled, without_dropout
@@ -30,8 +30,11 @@ def read(file: Path) -> tuple[Any, Any]:
         raise UserError(f"there is no file {file}")
     try:
         with quiet():
+            config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
+            without_dropout(config)
             lm = AutoModelForCausalLM.from_pretrained(
                 str(file.parent),
+                config=config,
                 gguf_file=file.name,
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
@@ -44,5 +47,4 @@ def read(file: Path) -> tuple[Any, Any]:
     except Exception as error:  # a border: the readers raise all kinds for a broken file; the cause is kept
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"the GGUF file {file} cannot be read: {reason}") from error
-    without_dropout(lm.config)
     return settled(lm), tokenizer

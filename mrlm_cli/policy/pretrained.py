@@ -67,7 +67,7 @@ def read(path: str) -> tuple[Any, Any]:
         directory = model_directory(place)
         _refuse_pickle(directory)
         source = str(directory)
-    elif place.is_absolute() or place.name in KNOWN or not HUB_ID.fullmatch(path):
+    elif _is_local(path):
         raise UserError(missing(place))
     else:
         source = path
@@ -133,6 +133,13 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path where nothing is cannot be a hub id; asking the hub for it would take long and confuse."""
+    place = Path(path)
+    beside = len(place.parts) > 1 and (place.parts[0] in ("models", "runs") or place.parent.is_dir())
+    return beside or place.name in KNOWN or HUB_ID.fullmatch(path) is None
 
 
 def _refuse_pickle(directory: Path) -> None:
