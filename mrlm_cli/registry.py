@@ -119,5 +119,5 @@ def _load_file(path: Path) -> ModuleType:
 def _import(place: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(place)
-    except ImportError as error:
-        raise UserError(f"{name}: {place} cannot be imported: {error}") from error
+    except Exception as error:  # not only ImportError: a plugin's own code runs here
+        raise UserError(f"{name}: {place!r} cannot be imported: {error}") from error

@@ -114,6 +114,8 @@ TABLE = [
     ("unknown model", changed("scratch", "scrach"), "3:15 model.type", "did you mean scratch?"),
     ("no such plugin", changed("sort_digits", "./nowhere.py:Env"), "5:12 environments.0.type", "no file ./nowhere.py"),
     ("a class that is none", changed("sort_digits", "pathlib:Path"), "5:12 environments.0.type", "has no Config"),
+    ("a module that is none", changed("sort_digits", "'./:Env'"), "5:12 environments.0.type", "cannot be imported"),
+    ("a path of an unknown user", changed("sort_digits", "'~nobody-of-this-name/x.py:Env'"), "5:12 environments.0.type", "no file ~nobody"),
     ("type is no name", changed("type: ppo", "type: [ppo]"), "9:9 algorithm.type", "expected a name"),
     ("undeclared reward", changed("digits: 4", "rewards: {exct: 1}"), "5:35 environments.0.rewards.exct", "did you mean exact?"),
     ("same label twice", changed("digits: 4}", "digits: 4}\n  - {type: sort_digits}"), "6:5 environments.1", "give it a `name`"),

@@ -100,8 +100,8 @@ def _found(text: str, folders: Sequence[Path]) -> str:
     if not place or "\0" in place or (place == text and "/" not in place and not place.endswith(".gguf")):
         return text  # a registered name; a bare word beside a folder of the same name stays a hub id
     for folder in folders:
-        candidate = folder / Path(place).expanduser()
         try:
+            candidate = folder / Path(place).expanduser()
             if candidate.exists():
                 return f"{candidate.resolve()}{colon}{name}" if place != text else str(candidate.resolve())
         except (OSError, RuntimeError):  # too long for the file system, or of an unknown user: no path
