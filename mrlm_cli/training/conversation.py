@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mrlm_cli.records import Completion, Limits, Message, Reply, ReplyStop, Request, Span, SpanKind
@@ -27,6 +28,7 @@ class Conversation:
         self._draw_key = draw_key
         self._max_tokens = max_tokens
         self._reply: tuple[int, ...] = ()
+        self._stop_strings: tuple[str, ...] = ()
         self._carried = 0.0  # reward that came before the first chosen token
 
     @property
@@ -50,13 +52,8 @@ class Conversation:
 
     def request(self, limits: Limits) -> Request:
         """Ask for the next reply."""
-        limits = Limits(
-            max_new_tokens=min(limits.max_new_tokens, self.room),
-            temperature=limits.temperature,
-            end_tokens=limits.end_tokens,
-            stop_strings=limits.stop_strings,
-            ignore_end=limits.ignore_end,
-        )
+        self._stop_strings = limits.stop_strings
+        limits = replace(limits, max_new_tokens=min(limits.max_new_tokens, self.room))
         return Request(self.name, tuple(self.tokens), self._draw_key, limits)
 
     def say(self, completion: Completion, policy_step: int) -> Reply:
@@ -66,7 +63,7 @@ class Conversation:
         self._carried = 0.0
         self._reply, self.last_stop = completion.tokens, completion.stop
         self.turn += 1
-        message = self._chat.read(completion.tokens, completion.stop)
+        message = self._chat.read(completion.tokens, completion.stop, self._stop_strings)
         self.view.append(message)
         return Reply(message, completion.stop)
 
