@@ -37,7 +37,7 @@ CASES = [
     (Arithmetic, {"operators": ["+", "-", "*"], "operands": 3, "low": 0, "high": 20, "form": "words"}),
     (Arithmetic, {"digits": 6, "operands": 2, "operators": ["-"], "prompt": "{expression}="}),
     (Guess, {}),
-    (Guess, {"low": 0, "high": 999, "guesses": 3}),
+    (Guess, {"low": 0, "high": 999, "guesses": 3, "padded": True}),
     (Sentiment, {}),
 ]
 NAMES = {SortDigits: "sort_digits", Arithmetic: "arithmetic", Guess: "guess", Sentiment: "sentiment"}
@@ -98,6 +98,7 @@ def test_classes_are_split_by_a_tenth_without_overlap():
     counts = Counter(i % 10 for i in splits["validation"])
     assert min(counts.values()) >= 3
     assert max(counts.values()) <= 20
+    assert {i // 100 for i in splits["validation"]} == set(range(10))
     assert {name: len(chosen) for name, chosen in split_classes("abc").items()} == dict.fromkeys(splits, 1)
     with pytest.raises(ValueError, match="2 classes"):
         split_classes("ab")
@@ -299,13 +300,14 @@ def test_bisection_earns_what_is_said_and_nothing_earns_more(fields, expected):
 def test_guess_answers_and_pays_each_turn():
     environment = make(Guess)
     task = Task("t", "guess", "train", 0, {"secret": 20, "game": 0})
+    missed = {"cost": 1.0, "wasted": 0.0}
     turn = ask(environment, task)
     assert [message.content for message in turn.messages] == ["1-32?"]
     for text, answer, rewards in [
-        ("16", ">", {"cost": 1.0}),
-        ("24", "<", {"cost": 1.0}),
-        ("04", ">", {"cost": 1.0}),
-        (" 4\n", ">", {"cost": 1.0}),
+        ("16", ">", missed),
+        ("24", "<", missed),
+        ("04", ">", missed),
+        (" 4\n", ">", missed),
         ("0", "?", {"invalid": 1.0}),
         ("33", "?", {"invalid": 1.0}),
         ("020", "?", {"invalid": 1.0}),
@@ -320,9 +322,35 @@ def test_guess_answers_and_pays_each_turn():
     won = ask(environment, task, reply("16"), reply("020"), reply("20"))
     assert (paid(won), won.done, won.facts) == ({"win": 1.0, "exact": 1.0}, True, {"guesses": 3.0})
     lost = ask(environment, task, *[reply("1")] * 6)
-    assert (paid(lost), lost.done, lost.messages, lost.facts) == ({"cost": 1.0}, True, (), {})
+    assert (paid(lost), lost.done, lost.messages, lost.facts) == ({"cost": 1.0, "wasted": 1.0}, True, (), {})
     cut = ask(environment, task, reply("1"), reply("20", "length"))
     assert (paid(cut), cut.done) == ({"invalid": 10.0}, True)
+
+
+@pytest.mark.parametrize(
+    ("guesses", "wasted"),
+    [
+        ("16 24 22", "000"),
+        ("16 15", "01"),
+        ("16 16", "01"),
+        ("24 25", "01"),
+        ("16 24 10 23 30 21", "001010"),
+        ("x 9 8", "-01"),
+    ],
+)
+def test_guess_names_a_guess_that_was_ruled_out(guesses, wasted):
+    environment = make(Guess)
+    session = environment.open(Task("t", "guess", "train", 0, {"secret": 20, "game": 0}), 0)
+    seen = [paid(session.step(reply(guess))) for guess in guesses.split()]
+    assert [each.get("wasted") for each in seen] == [None if mark == "-" else float(mark) for mark in wasted]
+
+
+def test_guess_can_ask_for_numbers_of_one_width():
+    environment = make(Guess, padded=True)
+    task = Task("t", "guess", "train", 0, {"secret": 4, "game": 0})
+    assert "win" in paid(ask(environment, task, reply("04")))
+    assert paid(ask(environment, task, reply("4"))) == {"invalid": 1.0}
+    assert paid(ask(environment, task, reply("004"))) == {"invalid": 1.0}
 
 
 def test_breaking_a_game_off_never_pays_better_than_losing_it():

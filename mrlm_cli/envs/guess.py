@@ -19,13 +19,14 @@ class Guess(Environment):
     """Find a secret number in few guesses.
 
     The environment answers `<` (the secret is smaller), `>` (larger) or `?` (the reply was no number of the range);
-    naming the secret ends the game, and so does the last allowed guess. Numbers may be padded with zeros to the width
-    of the largest one, so that a policy may answer with a fixed number of digits.
+    naming the secret ends the game, and so does the last allowed guess.
 
-    Components: `win`; `cost`, 1 for every miss; `invalid`, for every reply that is no number of the range, 1 plus the
-    share of its characters that are not digits, so that a policy without any idea is led to digits; `exact`, 1 for a
-    win. A reply cut by the length limit ends the episode: it is worse by 1 than one that ended, or ending would not be
-    learnt, and counts for every guess that was left, or breaking off would pay better than guessing.
+    Components: `win`; `cost`, 1 for every miss; `wasted`, 1 for a guess that an answer before had ruled out (it costs
+    the best policy nothing, and tells a beginner what the answers mean); `invalid`, for every reply that is no number
+    of the range, 1 plus the share of its characters that are not digits, so that a policy without any idea is led to
+    digits; `exact`, 1 for a win. A reply cut by the length limit ends the episode: it is worse by 1 than one that
+    ended, or ending would not be learnt, and counts for every guess that was left, or breaking off would pay better
+    than guessing.
     Fact: `guesses`, used in a won game.
 
     There is nothing to generalise to: a game has as few states as the range has numbers, and one never trained on
@@ -43,13 +44,17 @@ class Guess(Environment):
         guesses: Annotated[int, Field(ge=1, le=100)] = 6
         """Guesses allowed; bisection needs at most log2(range) + 1. Keep sampling.max_turns at or above it."""
 
+        padded: bool = False
+        """Ask for numbers as wide as the largest, such as 04, and count others as invalid; otherwise zeros are free. A
+        model that learns from nothing needs it, or it settles on the shorter numbers that it can end by chance."""
+
         @model_validator(mode="after")
         def _fits(self) -> Guess.Config:
             if self.low >= self.high:
                 raise ValueError(f"low ({self.low}) must be below high ({self.high})")
             return self
 
-    components: ClassVar[dict[str, float]] = {"win": 1.0, "cost": -0.1, "invalid": -0.2, "exact": 0.0}
+    components: ClassVar[dict[str, float]] = {"win": 1.0, "cost": -0.1, "wasted": -0.1, "invalid": -0.2, "exact": 0.0}
     audited: ClassVar[bool] = True
     held_out: ClassVar[bool] = False
     config: Config
@@ -72,7 +77,7 @@ class Guess(Environment):
 
     def oracle(self, task: Task) -> str:
         """The secret, which wins at once."""
-        return str(task.data["secret"])
+        return f"{task.data['secret']:0{len(str(self.config.high))}}"
 
     def canonical(self, task: Task) -> str:
         """The secret."""
@@ -86,6 +91,7 @@ class GuessSession:
         self._config = config
         self._secret = secret
         self._used = 0
+        self._possible = range(config.low, config.high + 1)
 
     def start(self) -> Turn:
         """The range."""
@@ -102,7 +108,11 @@ class GuessSession:
             return self._turn("?", done=left == 1, invalid=_strangeness(reply.message.content))
         if guess == self._secret:
             return self._turn("", done=True, win=1.0, exact=1.0)
-        return self._turn("<" if self._secret < guess else ">", done=left == 1, cost=1.0)
+        wasted = guess not in self._possible
+        if not wasted:
+            low, high = self._possible.start, self._possible.stop
+            self._possible = range(low, guess) if self._secret < guess else range(guess + 1, high)
+        return self._turn("<" if self._secret < guess else ">", done=left == 1, cost=1.0, wasted=float(wasted))
 
     def close(self) -> None:
         """Nothing is held."""
@@ -114,9 +124,11 @@ class GuessSession:
 
 
 def _number(text: str, config: Guess.Config) -> int | None:
-    """The guess, if the text is a number of the range, zeros in front allowed up to the width of the largest."""
+    """The guess, if the text is a number of the range, with no more digits than the largest."""
     text = text.strip()
-    if not re.fullmatch(f"[0-9]{{1,{len(str(config.high))}}}", text):  # ASCII alone, and short before int() sees it
+    widest = len(str(config.high))
+    narrowest = widest if config.padded else 1
+    if not re.fullmatch(f"[0-9]{{{narrowest},{widest}}}", text):  # ASCII alone, and short before int() sees it
         return None
     guess = int(text)
     return guess if config.low <= guess <= config.high else None
