@@ -33,9 +33,18 @@ def permuted(index: int, size: int, *parts: int | str) -> int:
     """
     if not 0 <= index < size:
         raise ValueError(f"index {index} outside range({size})")
+    return _permuted(index, size, draw_key(*parts))
+
+
+def shuffled(items: Sequence[int], *parts: int | str) -> list[int]:
+    """`items` in an order keyed by `parts`."""
+    key = draw_key(*parts)
+    return [items[_permuted(position, len(items), key)] for position in range(len(items))]
+
+
+def _permuted(index: int, size: int, key: bytes) -> int:
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
-    key = draw_key(*parts)
     while True:
         left, right = index >> half, index & low
         for round_number in range(4):
@@ -45,8 +54,3 @@ def permuted(index: int, size: int, *parts: int | str) -> int:
         index = (left << half) | right
         if index < size:
             return index
-
-
-def shuffled(items: Sequence[int], *parts: int | str) -> list[int]:
-    """`items` in an order keyed by `parts`."""
-    return [items[permuted(position, len(items), *parts)] for position in range(len(items))]

@@ -95,13 +95,15 @@ def _arrangements(multiset: str) -> int:
 
 def _arrangement(multiset: str, rank: int) -> str:
     """Arrangement number `rank` of a sorted string, in lexicographic order."""
+    left = {digit: multiset.count(digit) for digit in sorted(set(multiset))}
+    total = _arrangements(multiset)  # of what is left; a share left[digit] / length of them begins with the digit
     result = ""
-    while multiset:
-        for digit in sorted(set(multiset)):
-            rest = multiset.replace(digit, "", 1)
-            count = _arrangements(rest)
-            if rank < count:
-                result, multiset = result + digit, rest
+    for length in range(len(multiset), 0, -1):
+        for digit, count in left.items():
+            beginning = total * count // length
+            if rank < beginning:
                 break
-            rank -= count
+            rank -= beginning
+        result, total = result + digit, beginning
+        left[digit] -= 1
     return result
