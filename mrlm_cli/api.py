@@ -37,9 +37,7 @@ def fetch(name: str, to: Path | None = None) -> Path:
     return bring(name, to)
 
 
-def train(
-    composed: Composed, *, run_dir: Path | None = None, continue_run: bool = False, plain: bool = False
-) -> Path:
+def train(composed: Composed, *, run_dir: Path | None = None, continue_run: bool = False, plain: bool = False) -> Path:
     """Train a recipe in a new run directory, or go on with an identical one; returns the directory.
 
     Raises UserError if the directory exists (or, with `continue_run`, holds another recipe), Interrupted after a
@@ -100,7 +98,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a run, a checkpoint or any model on the test split.
 
-    A run or a checkpoint brings its own recipe; a model directory or hub id needs one. Raises UserError, CheckpointError.
+    A run or a checkpoint brings its own recipe; a model directory or hub id needs one.
+    Raises UserError, CheckpointError.
     """
     from mrlm_cli.envs.host import NoJournal
     from mrlm_cli.recipe.sections import PretrainedModel
@@ -120,7 +119,12 @@ def evaluate(
     step = int(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]) if checkpoint else 0
     settled_recipe = settled(loaded.model_copy(update={"model": model}))
     with Stage(
-        settled_recipe, folders, journal=NoJournal(), check=lambda: None, phase=lambda name, done, total: None
+        settled_recipe,
+        folders,
+        journal=NoJournal(),
+        check=lambda: None,
+        phase=lambda name, done, total: None,
+        values=False,
     ) as stage:
         stage.engine.load(stage.policy.lm)
         evaluation, _ = judge(
@@ -154,24 +158,29 @@ def _run(
     from mrlm_cli.training.trainer import Trainer
 
     announce = Announcer(_listeners(plain))
-    with closing(announce), Stopper() as stopper:
-        with Stage(recipe, folders, journal=run.journal, check=stopper.check, phase=announce.phase) as stage:
-            trainer = Trainer(recipe, folders, stage, run, announce)
-            if plugins is None:
+    with (
+        closing(announce),
+        Stopper() as stopper,
+        Stage(recipe, folders, journal=run.journal, check=stopper.check, phase=announce.phase) as stage,
+    ):
+        trainer = Trainer(recipe, folders, stage, run, announce)
+        if plugins is None:
+            enter()
+        with run.lock():
+            if plugins is not None:
+                checkpoint.sweep(run.checkpoints)
+                newest = checkpoint.newest_whole(run.checkpoints, announce.warned)
+                if newest is not None:
+                    trainer.load(newest)
+                if trainer.step > recipe.steps:
+                    raise UserError(f"steps={recipe.steps}: {run.path} has come to step {trainer.step} already")
+                run.rewind(trainer.step)
                 enter()
-            with run.lock():
-                if plugins is not None:
-                    checkpoint.sweep(run.checkpoints)
-                    newest = checkpoint.newest_whole(run.checkpoints, announce.warned)
-                    if newest is not None:
-                        trainer.load(newest)
-                    run.rewind(trainer.step)
-                    enter()
-                    for place in _changed(plugins, registry.plugin_hashes(_plugin_names(recipe), folders)):
-                        announce.warned(f"{place} has changed since the run began: what follows is inexact")
-                parameters = sum(parameter.numel() for parameter in trainer.policy.parameters())
-                announce.started(run.path, recipe, trainer.step, parameters)
-                loop.run(trainer, stopper)
+                for place in _changed(plugins, registry.plugin_hashes(_plugin_names(recipe), folders)):
+                    announce.warned(f"{place} has changed since the run began: what follows is inexact")
+            parameters = sum(parameter.numel() for parameter in trainer.policy.parameters())
+            announce.started(run.path, recipe, trainer.step, parameters)
+            loop.run(trainer, stopper)
 
 
 def _listeners(plain: bool) -> list[Listener]:

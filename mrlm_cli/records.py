@@ -58,7 +58,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What a session says next: messages for `agent`, who must speak unless `done`; rewards for the action just taken."""
+    """What a session says next: messages for `agent`, who speaks unless `done`; rewards for the action just taken."""
 
     messages: tuple[Message, ...] = ()
     agent: str = "policy"

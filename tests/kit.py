@@ -29,7 +29,14 @@ def tiny(folder: Path = Path(), **changes: Any) -> Recipe:
         "name": "tiny",
         "steps": 3,
         "seed": 1,
-        "model": {"type": "scratch", "layers": 1, "hidden": 32, "heads": 2, "context": 64, "characters": "0123456789sort ="},
+        "model": {
+            "type": "scratch",
+            "layers": 1,
+            "hidden": 32,
+            "heads": 2,
+            "context": 64,
+            "characters": "0123456789sort =",
+        },
         "environments": [{"type": "sort_digits", "digits": 3}],
         "sampling": {"tasks_per_step": 12, "max_new_tokens": 5},
         "algorithm": {"type": "ppo"},
@@ -41,7 +48,9 @@ def tiny(folder: Path = Path(), **changes: Any) -> Recipe:
     }
     for key, value in changes.items():
         other_type = isinstance(value, dict) and value.get("type") not in (None, fields.get(key, {}).get("type"))
-        fields[key] = {**fields[key], **value} if isinstance(value, dict) and key in fields and not other_type else value
+        fields[key] = (
+            {**fields[key], **value} if isinstance(value, dict) and key in fields and not other_type else value
+        )
     model = fields.pop("model")
     kind = sections.ScratchModel if model["type"] == "scratch" else sections.PretrainedModel
     return Recipe(
@@ -60,9 +69,10 @@ def trainer(path: Path, recipe: Recipe, *listeners: Listener, folder: Path = Pat
     announce = Announcer(listeners)
     run = RunDirectory.create(path, recipe_yaml="name: tiny\n", origins={}, machine={})
     stopper = Stopper()
-    with Stage(
-        settled(recipe), (folder,), journal=run.journal, check=stopper.check, phase=announce.phase
-    ) as stage, run.lock():
+    with (
+        Stage(settled(recipe), (folder,), journal=run.journal, check=stopper.check, phase=announce.phase) as stage,
+        run.lock(),
+    ):
         made = Trainer(settled(recipe), (folder,), stage, run, announce)
         made.engine.load(made.policy.lm)
         yield made

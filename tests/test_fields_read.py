@@ -15,9 +15,9 @@ import pytest
 from pydantic import BaseModel
 
 from mrlm_cli import registry
-from mrlm_cli.records import Message, Reply
 from mrlm_cli.recipe import compose, sections
 from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.records import Message, Reply
 from mrlm_cli.strict import AlgorithmSettings, EngineSettings, EnvironmentSettings, Strict
 from tests.kit import tiny, trainer
 

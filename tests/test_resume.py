@@ -22,8 +22,10 @@ steps: 8
 model: {type: scratch, layers: 1, hidden: 32, heads: 2, context: 64, characters: "0123456789sort =", value: {head: mlp}}
 environments: [{type: sort_digits, digits: 3}]
 sampling: {tasks_per_step: 16, episodes_per_task: 2, max_new_tokens: 5}
-algorithm: {type: ppo, reward_scale: true, kl: {coef: 0.05, target: 1.0, horizon: 100}, entropy: {coef: 0.02, schedule: linear}}
-optimizer: {lr: 3.0e-3, schedule: linear, warmup: 2, passes: 2, minibatches: 2, tokens_per_micro_batch: 128, weight_decay: 0.01}
+algorithm: {type: ppo, reward_scale: true, kl: {coef: 0.05, target: 1.0, horizon: 100},
+            entropy: {coef: 0.02, schedule: linear}}
+optimizer: {lr: 3.0e-3, schedule: linear, warmup: 2, passes: 2, minibatches: 2, tokens_per_micro_batch: 128,
+            weight_decay: 0.01}
 evaluate: {every: 3, tasks: 12}
 checkpoint: {every: 2, keep: 2}
 hardware: {threads: 1, device: cpu}
@@ -143,9 +145,7 @@ def test_a_signal_saves_and_exits_and_the_rest_follows(
 
 
 @pytest.mark.xdist_group("resume")
-def test_a_finished_run_is_left_alone_or_extended(
-    tmp_path: Path, undisturbed: tuple[dict[str, Any], float]
-) -> None:
+def test_a_finished_run_is_left_alone_or_extended(tmp_path: Path, undisturbed: tuple[dict[str, Any], float]) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     finish(tmp_path, "train", "recipe.yaml", "steps=2")
     run = tmp_path / "runs" / "run"

@@ -55,9 +55,7 @@ def test_evaluation_repeats_itself_and_counts_each_task_once(tmp_path: Path) -> 
         for _ in range(2):
             made.engine.load(made.policy.lm)
             results.append(
-                evaluate(
-                    made._judged, made.environments, recipe.evaluate, split="test", seed=1, step=0, checkpoint="x"
-                )
+                evaluate(made._judged, made.environments, recipe.evaluate, split="test", seed=1, step=0, checkpoint="x")
             )
     (first, episodes), (second, again) = results
     assert episodes == again

@@ -43,7 +43,8 @@ class Session:
                 rewards.setdefault(agent, {})["end"] = 10.0
         following = self.agents[self.said % len(self.agents)]
         first = self.said < len(self.agents)
-        return Turn((Message("user", "rot=" if first else "tor "),), following, rewards=rewards, done=done, facts={"said": self.said})
+        heard = Message("user", "rot=" if first else "tor ")
+        return Turn((heard,), following, rewards=rewards, done=done, facts={"said": self.said})
 
     def close(self):
         pass
@@ -73,7 +74,9 @@ class Pair(Talk):
 
 
 @contextmanager
-def scene(tmp_path: Path, kind: str = "Talk", sampling: dict[str, Any] | None = None, **config: Any) -> Iterator[Trainer]:
+def scene(
+    tmp_path: Path, kind: str = "Talk", sampling: dict[str, Any] | None = None, **config: Any
+) -> Iterator[Trainer]:
     (tmp_path / "talk.py").write_text(SCRIPT)
     recipe = tiny(
         tmp_path,
@@ -110,7 +113,9 @@ def fresh_conversations(made: Trainer) -> None:
     generate = made.engine.generate
 
     def renamed(requests: Any) -> list[Completion]:
-        return generate([Request(f"{r.conversation}/{len(r.tokens)}", r.tokens, r.draw_key, r.limits) for r in requests])
+        return generate(
+            [Request(f"{r.conversation}/{len(r.tokens)}", r.tokens, r.draw_key, r.limits) for r in requests]
+        )
 
     made.engine.generate = renamed  # type: ignore[method-assign]
 

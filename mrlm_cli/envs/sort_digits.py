@@ -102,8 +102,8 @@ def _arrangement(multiset: str, rank: int) -> str:
         for digit, count in left.items():
             beginning = total * count // length
             if rank < beginning:
+                result, total = result + digit, beginning
+                left[digit] -= 1
                 break
             rank -= beginning
-        result, total = result + digit, beginning
-        left[digit] -= 1
     return result

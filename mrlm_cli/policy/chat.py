@@ -175,7 +175,7 @@ class Chat:
         return tuple(tokens)
 
     def _ids(self, text: str) -> list[int]:
-        """Tokens of a text as it stands. The backend is asked directly: transformers' wrapping costs ten times as much."""
+        """Tokens of a text as it stands; from the backend itself, as transformers' wrapping costs ten times as much."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids

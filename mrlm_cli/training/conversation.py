@@ -37,7 +37,7 @@ class Conversation:
         return self._max_tokens - len(self.tokens)
 
     def hear(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> bool:
-        """Append what the agent sees before it speaks; False, and nothing appended, if no token would be left to say."""
+        """Append what the agent sees before it speaks; False, and no token appended, if none would be left to say."""
         self.view.extend(messages)
         if self.turn == 0:
             pieces = self._chat.open(messages, tools)

@@ -115,7 +115,11 @@ def _pass_at(by_task: Mapping[str, Sequence[Episode]], wanted: int) -> dict[int,
     models trained on code"), over the tasks of which no episode failed."""
     if wanted < 2:
         return {}
-    counts = [sum(component_sums(one).get("exact", 0.0) >= 1 for one in ones) for ones in by_task.values() if len(ones) == wanted]
+    counts = [
+        sum(component_sums(one).get("exact", 0.0) >= 1 for one in ones)
+        for ones in by_task.values()
+        if len(ones) == wanted
+    ]
     if not counts:
         return {}
     ks = sorted({1 << power for power in range(wanted.bit_length()) if 1 << power <= wanted} | {wanted})

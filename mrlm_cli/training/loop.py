@@ -79,7 +79,9 @@ def iteration(trainer: Trainer) -> None:
             phase=announce.phase,
         )
         if rows := unsound_rows(batch):
-            trainer.updater.refuse(Refused("a reward, log-prob or value that is not finite", batch.episode[rows].tolist()))
+            trainer.updater.refuse(
+                Refused("a reward, log-prob or value that is not finite", batch.episode[rows].tolist())
+            )
             sums.add("refused_steps", recipe.optimizer.passes * recipe.optimizer.minibatches)
         else:
             sums.update(gaps)

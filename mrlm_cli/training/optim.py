@@ -49,9 +49,7 @@ class Adam:
 
     def schedule(self, progress: Progress) -> float:
         """Set the learning rates of a step; returns the policy's."""
-        scale = factor(
-            self._settings.schedule, progress, floor=self._settings.floor, warmup=self._settings.warmup
-        )
+        scale = factor(self._settings.schedule, progress, floor=self._settings.floor, warmup=self._settings.warmup)
         for group in self._adam.param_groups:
             group["lr"] = group["peak"] * scale
         return self._settings.lr * scale

@@ -98,9 +98,7 @@ class Rollout:
         ]
         waiting: deque[_Cohort] = deque()
         for members in self._cohorts(sessions):
-            opened = [
-                (one.name, one.task, integer(2**63, "session", *one.key)) for one in members
-            ]
+            opened = [(one.name, one.task, integer(2**63, "session", *one.key)) for one in members]
             waiting.append(_Cohort(members, self._host.open(opened)))
         done = 0
         while waiting:
@@ -199,7 +197,9 @@ class Rollout:
             failure=one.failure,
         )
         agents = self._host.environments[one.task.env].agents
-        talks = {agent: one.conversations.get(agent) for agent in agents if agent in one.conversations} or {agents[0]: None}
+        talks = {agent: one.conversations.get(agent) for agent in agents if agent in one.conversations} or {
+            agents[0]: None
+        }
         return [
             Episode(
                 id=f"{one.name}/{agent}",

@@ -49,7 +49,9 @@ def held_out(environments: Mapping[str, Environment], split: Split, count: int) 
 class RolloutSource:
     """Fresh episodes of the training split. Its whole state is one cursor for each environment."""
 
-    def __init__(self, rollout: Rollout, environments: Mapping[str, Environment], sampling: Sampling, seed: int) -> None:
+    def __init__(
+        self, rollout: Rollout, environments: Mapping[str, Environment], sampling: Sampling, seed: int
+    ) -> None:
         self._rollout = rollout
         self._environments = environments
         self._sampling = sampling

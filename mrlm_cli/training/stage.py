@@ -44,6 +44,7 @@ class Stage:
         journal: Journal,
         check: Callable[[], None],
         phase: Callable[[str, int, int], None],
+        values: bool = True,
     ) -> None:
         hardware = recipe.hardware
         assert hardware.threads is not None
@@ -56,6 +57,7 @@ class Stage:
             device=hardware.device,
             precision=hardware.precision,
             gradient_checkpointing=hardware.gradient_checkpointing,
+            values=values,
         )
         self.engine: Engine = registry.resolve("engines", recipe.engine.type, folders)(
             recipe.engine, decode=self.chat.decode, precision=hardware.precision, check=check

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class StopRequested(Exception):
-    """Raised inside a rollout or an evaluation by `Stopper.check`; the step under way is given up and repeated later."""
+    """Raised in a rollout or an evaluation by `Stopper.check`; the step under way is given up and repeated later."""
 
 
 class Stopper:

@@ -154,4 +154,3 @@ def _fingerprint(policy: Policy) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -100,8 +101,10 @@ class Updater:
         count = min(self._settings.minibatches, len(order))
         bounds = [round(number * len(order) / count) for number in range(count + 1)]
         return [
-            batch.rows(torch.tensor([row for unit in order[begin:end] for row in units[unit]], device=batch.unit.device))
-            for begin, end in zip(bounds, bounds[1:], strict=False)
+            batch.rows(
+                torch.tensor([row for unit in order[begin:end] for row in units[unit]], device=batch.unit.device)
+            )
+            for begin, end in pairwise(bounds)
         ]
 
     def _optimizer_step(self, batch: Batch, progress: Progress) -> Sums:
