@@ -88,7 +88,7 @@ def sweep(folder: Path, older_than: float = 0.0, target: str | None = None) -> N
             continue
         try:
             fresh = older_than > 0 and path.lstat().st_mtime > limit
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue  # its owner has just renamed it
         if not fresh:
             remove(path)
@@ -130,6 +130,6 @@ def whole_lines(path: Path) -> list[bytes]:
     """The lines of a file without their newline; an unfinished last line is left out, a missing file has none."""
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return data.split(b"\n")[:-1]
