@@ -80,10 +80,10 @@ def resume(run_dir: Path | None, overrides: Sequence[str] = (), *, plain: bool =
     for override in overrides:
         if override.partition("=")[0].partition(".")[0] not in RESUMABLE:
             raise UserError(f"override {override}: a resume may change only {', '.join(RESUMABLE)}")
-    composed = compose.load(run.path / "recipe.yaml", overrides)
-    recipe_yaml = compose.dump(composed.recipe)
     origin = json.loads((run.path / "origin.json").read_text(encoding="utf-8"))
     folders = tuple(Path(folder) for folder in origin["folders"])
+    composed = compose.load(run.path / "recipe.yaml", overrides, folders=folders)
+    recipe_yaml = compose.dump(composed.recipe)
 
     def record() -> None:
         if overrides:
@@ -111,7 +111,7 @@ def evaluate(
         composed = compose.load(recipe, overrides)
         folders = composed.folders
     elif checkpoint is not None:
-        composed = compose.load(checkpoint / "recipe.yaml", overrides)
+        composed = compose.load(checkpoint / "recipe.yaml", overrides, folders=folders)
     else:
         raise UserError(f"{target} brings no recipe; say which tasks with --recipe RECIPE")
     loaded = composed.recipe
