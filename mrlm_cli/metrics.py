@@ -162,7 +162,7 @@ METRICS: dict[str, Metric] = _table(
         "explained_variance",
         "Share of the returns' variance that the values explain.",
         "1 − var(R − V) / var(R)",
-        "rises towards 1; below 0 the critic is worse than a constant",
+        "rises towards 1; well below 0 the critic is worse than a constant",
     ),
     Metric("value_bias", "Mean error of the values.", "mean(V − R)", "near 0"),
     Metric("return", "Mean return at the chosen tokens.", "mean R", "rises with the reward"),

@@ -163,8 +163,9 @@ def test_health_problems() -> None:
     assert words.problems(words.judge(METRIC_VALUES, step=100)) == []
     assert level("entropy", 0.01) == "watch"
     assert level("entropy", 0.01, exact=0.95) == "good"
-    assert level("explained_variance", -0.2) == "watch"
-    assert level("explained_variance", -0.2, step=5) == "good"
+    assert level("explained_variance", -0.7) == "watch"
+    assert level("explained_variance", -0.2) == "good"
+    assert level("explained_variance", -0.7, step=5) == "good"
     assert level("explained_variance", 0.0) == "good"
     assert level("truncated_rate", 0.6) == "watch"
     assert level("truncated_rate", 0.6, step=5) == "good"
@@ -254,10 +255,10 @@ def test_without_an_exact_component_the_reward_leads() -> None:
 
 def test_problems_lead_the_health_line() -> None:
     one = state()
-    one.metrics = {**METRIC_VALUES, "explained_variance": -0.4, "refused_steps": 2}
+    one.metrics = {**METRIC_VALUES, "explained_variance": -0.7, "refused_steps": 2}
     shown = [line.plain.rstrip() for line in board.lines(one, 100, 30)]
     place = shown.index("health: refused optimizer steps 2: a loss or gradient was not finite; lower optimizer.lr")
-    assert shown[place + 1] == "  value function -0.4: worse than a constant; raise value_coef or its lr"
+    assert shown[place + 1] == "  value function -0.7: worse than a constant; raise value_coef or its lr"
 
 
 @pytest.mark.parametrize("hostile", [False, True])

@@ -1,16 +1,9 @@
-"""What an environment is: tasks by split and index, and sessions in message space.
-
-class Echo(Environment):
-    components = ("exact",)
-    class Config(EnvironmentSettings): ...
-    def size(self, split): ...
-    def task(self, split, index): ...
-    def open(self, task, seed): ...           # -> Session
-"""
+"""What an environment is: tasks by split and index, sessions in message space. `recipes/my_env.py` is an example."""
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Protocol
 
 from mrlm_cli.records import Reply, Split, Task, Turn
@@ -30,7 +23,7 @@ class Session(Protocol):
         """Called once, also after a failure."""
 
 
-class Environment:
+class Environment(ABC):
     """Base class of environments. Instances are cheap, pure and hold only their settings.
 
     `components` maps the reward components to their default weights in the training reward; `exact` (1 for a fully
@@ -51,17 +44,17 @@ class Environment:
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @abstractmethod
     def size(self, split: Split) -> int | None:
         """Tasks in a split; None if there is no end to them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def task(self, split: Split, index: int) -> Task:
         """The task; a pure function of its arguments and the settings. Splits are disjoint, also under symmetries."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open(self, task: Task, seed: int) -> Session:
         """A new session of the task."""
-        raise NotImplementedError
 
     def canonical(self, task: Task) -> str:
         """Equal for tasks that are the same but for a symmetry, by default for equal data; splits share none."""

@@ -140,7 +140,9 @@ def _dependent(step: int, precision: str, exact: float | None) -> tuple[_Rule, .
     """The rules whose bounds depend on where the run stands."""
     mastered = exact is not None and exact >= MASTERED
     below_constant: tuple[Level, str] = (
-        (GOOD, "not learnt yet")
+        (GOOD, "returns hardly vary any more")
+        if mastered
+        else (GOOD, "not learnt yet")
         if step <= EARLY_STEPS
         else (WATCH, "worse than a constant; raise value_coef or its lr")
     )
@@ -168,7 +170,8 @@ def _dependent(step: int, precision: str, exact: float | None) -> tuple[_Rule, .
             "explained_variance",
             "value function",
             (
-                (-1e-6, *below_constant),
+                (-0.5, *below_constant),
+                (-1e-6, GOOD, "explains nothing of the returns yet"),
                 (0.3, GOOD, "explains little of the returns yet"),
                 (0.7, GOOD, "explains part of the returns"),
                 (math.inf, GOOD, "explains most of the returns"),
