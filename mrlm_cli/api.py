@@ -5,15 +5,15 @@ Importing this module imports neither torch nor transformers; calling its functi
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrlm_cli import registry
-from mrlm_cli.errors import CheckpointError, RunDirectoryError, UserError
+from mrlm_cli.errors import CheckpointError, UserError
 from mrlm_cli.events import Evaluation, Listener
 from mrlm_cli.recipe import compose
 from mrlm_cli.recipe.compose import Composed
@@ -35,6 +35,13 @@ def fetch(name: str, to: Path | None = None) -> Path:
     from mrlm_cli.policy.fetch import fetch as bring
 
     return bring(name, to)
+
+
+def missing_model(path: Path) -> str:
+    """What to say of a model that is not there, with the command that brings it where there is one."""
+    from mrlm_cli.policy.fetch import missing
+
+    return missing(path)
 
 
 def train(composed: Composed, *, run_dir: Path | None = None, continue_run: bool = False, plain: bool = False) -> Path:
@@ -80,7 +87,7 @@ def resume(run_dir: Path | None, overrides: Sequence[str] = (), *, plain: bool =
     for override in overrides:
         if override.partition("=")[0].partition(".")[0] not in RESUMABLE:
             raise UserError(f"override {override}: a resume may change only {', '.join(RESUMABLE)}")
-    origin = json.loads((run.path / "origin.json").read_text(encoding="utf-8"))
+    origin = run.origin()
     folders = tuple(Path(folder) for folder in origin["folders"])
     composed = compose.load(run.path / "recipe.yaml", overrides, folders=folders)
     recipe_yaml = compose.dump(composed.recipe)
@@ -103,10 +110,13 @@ def evaluate(
     """
     from mrlm_cli.envs.host import NoJournal
     from mrlm_cli.recipe.sections import PretrainedModel
+    from mrlm_cli.training import checkpoint as checkpoints
     from mrlm_cli.training.evaluate import evaluate as judge
     from mrlm_cli.training.stage import Stage, settled
+    from mrlm_cli.training.summary import stored
 
-    checkpoint, path, folders = _target(target, best)
+    run, checkpoint = _target(Path(target), best)
+    folders = tuple(Path(folder) for folder in run.origin()["folders"]) if run else (Path.cwd(),)
     if recipe is not None:
         composed = compose.load(recipe, overrides)
         folders = composed.folders
@@ -115,11 +125,10 @@ def evaluate(
     else:
         raise UserError(f"{target} brings no recipe; say which tasks with --recipe RECIPE")
     loaded = composed.recipe
+    path = str(checkpoint / "policy") if checkpoint else target
     model = PretrainedModel(type="pretrained", path=path, chat=loaded.model.chat)
-    step = int(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"]) if checkpoint else 0
-    settled_recipe = settled(loaded.model_copy(update={"model": model}))
     with Stage(
-        settled_recipe,
+        settled(loaded.model_copy(update={"model": model})),
         folders,
         journal=NoJournal(),
         check=lambda: None,
@@ -127,14 +136,18 @@ def evaluate(
         values=False,
     ) as stage:
         stage.engine.load(stage.policy.lm)
-        evaluation, _ = judge(
+        evaluation, episodes = judge(
             stage.rollout(bootstrap=False),
             stage.environments,
             loaded.evaluate,
             split="test",
             seed=loaded.seed,
-            step=step,
-            checkpoint=str(checkpoint or path),
+            step=checkpoints.state(checkpoint)["step"] if checkpoint else 0,
+            checkpoint=str(checkpoint or target),
+        )
+    if run is not None and recipe is None and not overrides:
+        run.write_evaluation(
+            evaluation.step, {**asdict(evaluation), "episodes": stored(episodes, loaded.report.episodes)}
         )
     return evaluation
 
@@ -207,25 +220,27 @@ def _overridden(composed: Composed) -> dict[str, str]:
     return {key: origin for key, origin in composed.origins.items() if origin.startswith("override")}
 
 
-def _target(target: str, best: bool) -> tuple[Path | None, str, tuple[Path, ...]]:
-    """(checkpoint directory or None, what the model loads from, plugin folders) of an evaluation's target."""
-    path = Path(target)
-    if (path / "checkpoints").is_dir():
-        chosen = path / "checkpoints" / ("best" if best else "latest")
-        if not chosen.exists():
-            raise CheckpointError(f"{path} has no {'best' if best else 'whole'} checkpoint yet")
-        path = chosen.resolve()
-    elif best:
-        raise UserError(f"--best picks among a run's checkpoints, and {target} is not a run directory")
-    if (path / "manifest.json").is_file():
-        from mrlm_cli.training import checkpoint
+def _target(path: Path, best: bool) -> tuple[RunDirectory | None, Path | None]:
+    """The run, if there is one, and the whole checkpoint that an evaluation's target means, if it means one."""
+    from mrlm_cli.training import checkpoint
+    from mrlm_cli.training.rundir import RunDirectory
 
-        checkpoint.verify(path)
-        origin = path.parent.parent / "origin.json"
-        folders: tuple[Path, ...] = (Path.cwd(),)
-        if origin.is_file():
-            folders = tuple(Path(folder) for folder in json.loads(origin.read_text(encoding="utf-8"))["folders"])
-        return path, str(path / "policy"), folders
-    if (path / "recipe.yaml").is_file() and not (path / "config.json").is_file():
-        raise RunDirectoryError(f"{target} has no checkpoint yet")
-    return None, target, (Path.cwd(),)
+    if (path / "checkpoints").is_dir():
+        run = RunDirectory.open(path)
+        if best:
+            chosen: Path | None = run.checkpoints / "best"
+        else:
+            chosen = checkpoint.newest_whole(run.checkpoints, lambda text: print(text, file=sys.stderr))
+        if chosen is None or not chosen.exists():
+            raise CheckpointError(f"{path} has no {'best' if best else 'whole'} checkpoint yet")
+        chosen = chosen.resolve()
+    elif best:
+        raise UserError(f"--best picks among a run's checkpoints, and {path} is not a run directory")
+    elif (path / "manifest.json").is_file():
+        chosen = path.resolve()
+        home = chosen.parent.parent
+        run = RunDirectory.open(home) if (home / "origin.json").is_file() else None  # type: ignore[assignment]
+    else:
+        return None, None
+    checkpoint.verify(chosen)
+    return run, chosen

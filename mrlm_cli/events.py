@@ -26,8 +26,8 @@ class Evaluation:
     checkpoint: str
     step: int
     split: str
-    tasks: int  # tasks actually evaluated (failed ones are left out and counted)
-    failed: int
+    tasks: int  # tasks actually evaluated
+    failed: int  # episodes that failed for a technical reason, left out
     reward: Estimate
     components: Mapping[str, Estimate]
     pass_at: Mapping[int, float]  # {k: share of tasks with an exact answer among k episodes}; empty for one episode

@@ -202,6 +202,12 @@ METRICS: dict[str, Metric] = _table(
         "passes × minibatches, fewer after a target-KL stop",
     ),
     Metric("refused_steps", "Optimizer steps refused because a loss or gradient was not finite.", "count", "0"),
+    Metric(
+        "skipped_steps",
+        "Optimizer steps skipped because no episode of their minibatch carries weight.",
+        "count",
+        "0, unless truncated episodes are masked",
+    ),
     Metric("stopped_early", "1 if the target KL ended the update.", "flag", "mostly 0"),
     Metric("value_pretraining", "1 while only the value function is trained.", "flag", "as set"),
     Metric("eval/exact", "Share of held-out tasks answered exactly right: the headline.", "mean over tasks", "rises"),

@@ -109,6 +109,7 @@ class Episode:
     rewards: tuple[float, ...]  # weighted sum of components, on the last chosen token of the turn that earned it
     transcript: Transcript
     stop: EpisodeStop
+    ended: bool  # the last reply came to its end token or a stop string
     failure: str | None = None
 
     @property

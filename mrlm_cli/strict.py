@@ -39,7 +39,7 @@ class EnvironmentSettings(Strict):
     """Name in metrics and episodes; by default the type. Two environments of a recipe need two names."""
     weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Share of the tasks of a step, against the other environments' weights."""
-    rewards: dict[str, float] = {}
+    rewards: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = {}
     """Weight of each declared reward component in the training reward; what is not named keeps its default."""
 
     @property

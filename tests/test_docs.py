@@ -58,5 +58,11 @@ def test_a_recipe_is_called_as_its_file(name: str) -> None:
     assert compose.load(name).recipe.name == name
 
 
+def test_the_readme_shows_the_quickstart_as_it_is() -> None:
+    text = (ROOT / "recipes/quickstart.yaml").read_text(encoding="utf-8")
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    assert f"```yaml\n{body}\n```" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_extras_that_commands_look_for_exist() -> None:
     assert set(plan.EXTRAS) == set(EXTRAS) - {"test"}

@@ -255,6 +255,18 @@ def test_any_text_and_number_survive_the_way_through_yaml(system: str | None, lr
     assert read(compose.dump(changed), "dump").plain == changed.model_dump(mode="json")
 
 
+@pytest.mark.parametrize(
+    "environment", ["{type: arithmetic, digits: 2}", "{type: arithmetic, low: 3}", "{type: guess}"]
+)
+def test_the_dump_of_every_kind_of_setting_loads_back(tmp_path: Path, environment: str) -> None:
+    (tmp_path / "one.yaml").write_text(
+        f"name: one\nsteps: 1\nmodel: {{type: scratch}}\nenvironments: [{environment}]\nalgorithm: {{type: ppo}}\n"
+    )
+    recipe = compose.load(tmp_path / "one.yaml").recipe
+    (tmp_path / "two.yaml").write_text(compose.dump(recipe))
+    assert compose.load(tmp_path / "two.yaml").recipe == recipe
+
+
 def test_recipes_are_found_by_path_and_by_name(folder: Path) -> None:
     assert compose.find("quickstart") == compose.shipped("recipes")["quickstart"]
     assert compose.find("small.yaml") == folder / "small.yaml"

@@ -50,7 +50,7 @@ def episode(asked: str = "sort 750862=", said: str = "025678", reward: float = 0
     task = Task("t", "sort", "train", 0, {})
     view = (Message("system", "be good"), Message("user", asked), Message("assistant", said))
     transcript = Transcript(task, 0, {"policy": view}, (), {}, "done")
-    return Episode("e", "s", task, "g", 0, "policy", (1, 2), (), (0.0, 0.0), (0.0, reward), transcript, "done")
+    return Episode("e", "s", task, "g", 0, "policy", (1, 2), (), (0.0, 0.0), (0.0, reward), transcript, "done", True)
 
 
 def evaluation(step: int, exact: float | None, reward: float = 0.85, failed: int = 0) -> Evaluation:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,37 @@ def test_a_finished_run_is_left_alone_or_extended(tmp_path: Path, undisturbed: t
     assert "steps" in (run / "resumes.jsonl").read_text()
     output = finish(tmp_path, "resume", "runs/run", "optimizer.lr=1.0", code=2)
     assert "may change only" in output
+
+
+@pytest.mark.xdist_group("resume")
+def test_links_that_a_kill_left_behind_are_set_right(tmp_path: Path, undisturbed: tuple[dict[str, Any], float]) -> None:
+    expected, _ = undisturbed
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    finish(tmp_path, "train", "recipe.yaml")
+    checkpoints = tmp_path / "runs/run/checkpoints"
+    for link in ("latest", "best"):
+        (checkpoints / link).unlink()
+    (checkpoints / "latest").symlink_to("step-000006")
+    finish(tmp_path, "resume")
+    assert outcome(tmp_path / "runs/run") == expected
+
+
+@pytest.mark.xdist_group("resume")
+def test_an_evaluation_that_a_signal_cut_off_still_decides_the_best(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    finish(tmp_path, "train", "recipe.yaml", "steps=6", "optimizer.schedule=constant")
+    run = tmp_path / "runs/run"
+    best = os.readlink(run / "checkpoints/best")
+    (run / "eval/step-000006.json").unlink()
+    state = run / "checkpoints/step-000006/state.json"
+    assert json.loads(state.read_text())["best"]["step"] == 6
+    (run / "checkpoints/best").unlink()
+    shutil.rmtree(run / "checkpoints/step-000006")
+    finish(tmp_path, "resume")
+    assert os.readlink(run / "checkpoints/best") == best
+    assert (run / "eval/step-000006.json").is_file()
 
 
 @pytest.mark.xdist_group("resume")

@@ -10,9 +10,15 @@ from typing import Any
 import pytest
 
 from mrlm_cli.envs.base import Environment, EnvironmentSettings
+from mrlm_cli.errors import NonFiniteError, UserError
+from mrlm_cli.events import Listener
 from mrlm_cli.records import Completion, Episode, Message, Reply, Request, Split, Task, Turn
+from mrlm_cli.training import checkpoint
 from mrlm_cli.training.collate import collate
+from mrlm_cli.training.loop import run
 from mrlm_cli.training.rollout import Draw, Rollout
+from mrlm_cli.training.source import take
+from mrlm_cli.training.stopping import Stopper
 from mrlm_cli.training.summary import episode_metrics
 from mrlm_cli.training.trainer import Trainer
 from tests.kit import tiny, trainer
@@ -267,6 +273,53 @@ class _Counting(Environment):
 
     def task(self, split: Split, index: int) -> Task:
         return Task(f"{split}-{index}", "counting", split, index, {})
+
+
+def test_a_total_outage_of_an_environment_is_survived(tmp_path: Path) -> None:
+    """No evaluation, no training on it, a saved stop after some steps, and a resume that goes on behind it."""
+    warned: list[str] = []
+
+    class Ear(Listener):
+        def warned(self, text: str) -> None:
+            warned.append(text)
+
+    (tmp_path / "talk.py").write_text(SCRIPT)
+    recipe = tiny(
+        tmp_path,
+        steps=9,
+        environments=[{"type": "./talk.py:Talk", "fail_at": 1}],
+        sampling={"tasks_per_step": 3, "max_new_tokens": 4},
+        optimizer={"max_refused": 2},
+    )
+    with trainer(tmp_path / "run", recipe, Ear(), folder=tmp_path) as made, pytest.raises(NonFiniteError):
+        run(made, Stopper())
+    assert "every held-out episode failed" in warned[0]
+    assert not made.run.has_evaluation(0)
+    assert [row["failed_rate"] for row in made.run.metrics()] == [1, 1]
+    assert checkpoint.state(made.run.checkpoints / "latest")["refused_in_a_row"] == 0
+    assert checkpoint.state(made.run.checkpoints / "latest")["step"] == 2
+
+
+def test_a_reply_that_ended_is_not_called_cut_when_the_next_message_does_not_fit(tmp_path: Path) -> None:
+    with scene(tmp_path, turns=3, sampling={"max_tokens": 12}) as made:
+        fresh_conversations(made)
+        never_cut(made)
+        episodes = made.source.episodes(0)
+    assert {one.stop for one in episodes} == {"length"}
+    batch = collate(episodes, "cpu")
+    assert batch is not None
+    assert batch.truncated.all()
+    assert batch.ended.all()
+
+
+def test_a_task_of_another_name_is_refused(tmp_path: Path) -> None:
+    with scene(tmp_path) as made:
+        environment = made.environments["Talk"]
+        with pytest.raises(UserError, match="must be a Task of env 'other'"):
+            take(environment, "other", "train", 0)
+        environment.task = lambda split, index: {}[index]  # type: ignore[method-assign]
+        with pytest.raises(UserError, match="KeyError"):
+            take(environment, "Talk", "train", 0)
 
 
 def test_each_epoch_takes_every_training_task_once_in_another_order(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from mrlm_cli.events import Listener
 from mrlm_cli.records import Batch, Progress
 from mrlm_cli.training.annotate import annotate
 from mrlm_cli.training.collate import collate, micro_batches
-from mrlm_cli.training.loop import iteration
+from mrlm_cli.training.loop import iteration, run
+from mrlm_cli.training.stopping import Stopper
 from mrlm_cli.training.trainer import Trainer
 from tests.kit import tiny, trainer
 
@@ -149,14 +150,14 @@ def test_what_is_not_finite_leaves_the_parameters_and_stops_after_some_in_a_row(
                 return batch.replace(advantages=batch.advantages * float("inf")), sums
 
             made.algorithm.credit = poisoned  # type: ignore[method-assign, assignment]
-        iteration(made)
-        assert made.run.metrics()[-1]["refused_steps"] == 2
-        assert made.run.metrics()[-1]["optimizer_steps"] == 0
         with pytest.raises(NonFiniteError, match="3 in a row"):
-            iteration(made)
+            run(made, Stopper())
+        rows = made.run.metrics()
+        assert [row["refused_steps"] for row in rows] == [2, 1]
+        assert [row["optimizer_steps"] for row in rows] == [0, 0]
         for name, p in made.policy.named_parameters():
             assert torch.equal(p, before[name]), name
-        assert made.step == 1
+        assert (made.run.checkpoints / "latest").resolve().name == "step-000002"  # a resume goes on behind it
 
 
 def test_a_value_that_is_not_finite_refuses_the_iteration_and_names_the_episode(tmp_path: Path) -> None:

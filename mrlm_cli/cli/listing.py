@@ -63,7 +63,7 @@ def _runs() -> dict[str, str]:
         if run.name.startswith("."):
             continue
         text = f"step {_last_step(run / 'metrics.jsonl')}"
-        evaluations = sorted((run / "eval").glob("step-*.json"))
+        evaluations = sorted((run / "eval").glob("step-*[0-9].json"))
         if evaluations:
             exact = json.loads(evaluations[-1].read_text(encoding="utf-8")).get("components", {}).get("exact")
             text += f", held-out exact {exact['mean']:.3f}" if exact else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from mrlm_cli import registry
+from mrlm_cli import api, registry
 from mrlm_cli.errors import MissingExtra, UserError
 from mrlm_cli.recipe.compose import Composed
 from mrlm_cli.recipe.derived import Derived, derive
@@ -19,7 +19,7 @@ def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:
     """Print the plan. Raises UserError or MissingExtra for what would stop the training at its start."""
     recipe = composed.recipe
     if run_dir.exists() and not continue_run:
-        raise UserError(f"{run_dir} exists; to continue it: mrlm resume {run_dir}, or choose another with --run-dir")
+        raise UserError(f"{run_dir} exists already; go on with it: mrlm resume {run_dir}, or choose another --run-dir")
     check_model(recipe.model)
     from_gguf = isinstance(recipe.model, PretrainedModel) and recipe.model.path.endswith(".gguf")
     if from_gguf and any(importlib.util.find_spec(module) is None for module in EXTRAS["gguf"]):
@@ -39,10 +39,9 @@ def check_model(model: ScratchModel | PretrainedModel) -> None:
     path = Path(model.path).expanduser()
     if path.exists():
         return
-    if path.parent.name == "models":
-        raise UserError(f"there is no model at {model.path}; bring it by: mrlm fetch {path.name}")
-    if path.is_absolute() or model.path.startswith(".") or model.path.count("/") != 1 or path.suffix == ".gguf":
-        raise UserError(f"there is no model at {model.path}")
+    somewhere = path.is_absolute() or model.path.startswith(".") or model.path.count("/") != 1
+    if somewhere or path.suffix == ".gguf" or path.parent.name == "models":
+        raise UserError(api.missing_model(path))
 
 
 def derived_lines(derived: Derived) -> list[str]:

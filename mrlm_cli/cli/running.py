@@ -93,4 +93,4 @@ def evaluate(
         print(f"  pass@{count:<15} {share:.3f}")
     print(f"  {'length':<20} {evaluation.length:.1f} tokens; {evaluation.truncated:.1%} cut by a limit")
     if evaluation.failed:
-        print(f"  {'failed':<20} {evaluation.failed} tasks left out")
+        print(f"  {'failed':<20} {evaluation.failed} episodes left out")

@@ -81,7 +81,7 @@ def check_requests(requests: Sequence[Request], held: Mapping[str, tuple[int, ..
                 f"the model's context of {context}"
             )
         before = held.get(name, ())
-        if request.tokens[: len(before)] != before or (before and length == len(before) - 1):
+        if request.tokens[: len(before)] != before:
             raise EngineError(
                 f"conversation {name!r} is append-only: its new tokens do not begin with the {len(before)} it holds"
             )

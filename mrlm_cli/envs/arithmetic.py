@@ -44,10 +44,10 @@ class Arithmetic(Environment):
 
         operators: Annotated[tuple[Literal["+", "-", "*"], ...], Field(strict=False, min_length=1)] = ("+",)
         """Operators, each as likely as the others."""
-        low: Annotated[int, Field(ge=0, le=999_999)] = 1
-        """Smallest operand."""
-        high: Annotated[int, Field(ge=0, le=999_999)] = 50
-        """Largest operand; 50 leaves a 135M model much to learn."""
+        low: Annotated[int, Field(ge=0, le=999_999)] | None = None
+        """Smallest operand; by default 1, or what `digits` says."""
+        high: Annotated[int, Field(ge=0, le=999_999)] | None = None
+        """Largest operand; by default 50, which leaves a 135M model much to learn, or what `digits` says."""
         digits: Annotated[int, Field(ge=1, le=6)] | None = None
         """Operands have exactly so many digits; instead of low and high."""
         operands: Annotated[int, Field(ge=2, le=8)] = 2
@@ -61,15 +61,16 @@ class Arithmetic(Environment):
 
         @model_validator(mode="after")
         def _fits(self) -> Arithmetic.Config:
-            if self.digits is not None and {"low", "high"} & self.model_fields_set:
+            if self.digits is not None and (self.low is not None or self.high is not None):
                 raise ValueError("digits takes the place of low and high; give one or the other")
-            if self.low > self.high:
-                raise ValueError(f"low ({self.low}) is above high ({self.high})")
+            low, high = self.range
+            if low > high:
+                raise ValueError(f"low ({low}) is above high ({high})")
             if len(set(self.operators)) != len(self.operators):
                 raise ValueError("operators names one of them twice")
             if "{expression}" not in self.prompt:
                 raise ValueError("prompt must contain {expression}")
-            if self.high - self.low < 9:
+            if high - low < 9:
                 raise ValueError("fewer than ten operands leave nothing to hold out; widen low and high")
             return self
 
@@ -77,7 +78,7 @@ class Arithmetic(Environment):
         def range(self) -> tuple[int, int]:
             """Smallest and largest operand."""
             if self.digits is None:
-                return self.low, self.high
+                return 1 if self.low is None else self.low, 50 if self.high is None else self.high
             return (10 ** (self.digits - 1) if self.digits > 1 else 0), 10**self.digits - 1
 
     components: ClassVar[dict[str, float]] = {"shaped": 1.0, "exact": 0.0}

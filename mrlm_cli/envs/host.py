@@ -144,6 +144,10 @@ class Host:
             if held is not None and held.worker is not None:
                 held.worker.close(name)
 
+    def thinks_apart(self, label: str) -> bool:
+        """Whether sessions of this environment run in worker processes, so that others may go on meanwhile."""
+        return label in self._outside
+
     def waiting(self) -> str:
         """Who is awaited, in words; empty if nobody is."""
         awaited = self._awaited

@@ -17,6 +17,7 @@ from mrlm_cli.errors import SessionFailure
 from mrlm_cli.records import Message, Reply, Task, Turn
 
 MAX_FRAME = 64 * 2**20  # bytes; a larger message is a mistake, and would stall the trainer
+LARGEST = 1e9  # of a reward or fact: squares and sums of it stay far inside float32
 MAX_FAILURE = 500  # characters of an exception's text
 HEADER = struct.Struct(">I")
 ROLES = ("system", "user", "assistant", "tool")
@@ -40,6 +41,8 @@ def check_turn(turn: Any, environment: Environment) -> Turn:
                 raise SessionFailure(f"reward component {component!r} is not declared (declared: {declared})")
         rewards[agent] = {name: _finite(value, f"reward {name!r}") for name, value in components.items()}
     facts = {_text(name, "a fact's name"): _finite(value, f"fact {name!r}") for name, value in turn.facts.items()}
+    if turn.truncated and not turn.done:
+        raise SessionFailure("a Turn that is truncated must be done as well")
     try:
         json.dumps(turn.tools, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -69,9 +72,10 @@ def _text(value: Any, what: str) -> str:
 def _finite(value: Any, what: str) -> float:
     if not isinstance(value, Real):
         raise SessionFailure(f"{what} must be a number, not {type(value).__name__}")
-    if not math.isfinite(value):
-        raise SessionFailure(f"{what} is {float(value)}")
-    return float(value)
+    number = float(value)
+    if not math.isfinite(number) or abs(number) > LARGEST:
+        raise SessionFailure(f"{what} is {number:g}")
+    return number
 
 
 def describe_exception(error: BaseException) -> str:

@@ -21,6 +21,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -118,9 +119,8 @@ def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
 
 def _prefer_to_die() -> None:
     """Where memory runs out, Linux shall end this process before the trainer: a session can be rebuilt."""
-    setting = Path("/proc/self/oom_score_adj")
-    if setting.exists():
-        setting.write_text("1000")
+    with suppress(OSError):  # a wish, not a need: there may be no such file, or none to write
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _receive(requests: IO[bytes], inbox: SimpleQueue[dict[str, Any]]) -> None:

@@ -40,6 +40,14 @@ KNOWN: dict[str, Known] = {
 }
 
 
+def missing(path: Path) -> str:
+    """What to say of a model that is not there, with the command that brings it where there is one."""
+    if path.name in KNOWN:
+        parent = "" if path.parent.name == "models" and not path.parent.is_absolute() else f" --to {path.parent}"
+        return f"there is no model at {path}; bring it by: mrlm fetch {path.name}{parent}"
+    return f"there is no model at {path}"
+
+
 def fetch(name: str, to: Path | None = None) -> Path:
     """The directory `to/name` (`models/name` by default) with the model in fp32 safetensors and its tokenizer.
 

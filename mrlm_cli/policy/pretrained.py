@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from mrlm_cli.errors import CheckpointError, UserError
-from mrlm_cli.policy.fetch import KNOWN
+from mrlm_cli.policy.fetch import KNOWN, missing
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -46,14 +46,6 @@ def checkpoint_directory(path: Path) -> Path:
         if (candidate / "policy" / "config.json").is_file():
             return candidate.resolve()
     raise CheckpointError(f"{path} holds no model: neither config.json nor policy/ nor a checkpoint of a run")
-
-
-def missing(path: Path) -> str:
-    """What to say of a model that is not there, with the command that brings it where there is one."""
-    if path.name in KNOWN:
-        parent = "" if path.parent.name == "models" and not path.parent.is_absolute() else f" --to {path.parent}"
-        return f"there is no model at {path}; bring it by: mrlm fetch {path.name}{parent}"
-    return f"there is no model at {path}"
 
 
 def read(path: str) -> tuple[Any, Any]:

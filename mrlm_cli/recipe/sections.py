@@ -119,7 +119,7 @@ class Optimizer(Strict):
     schedule: Schedule = "constant"
     """Shape of the learning rate after the warm-up, over the run's `steps`."""
     warmup: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate rises linearly from lr / warmup to lr."""
+    """Steps over which the learning rate rises linearly from lr / (warmup + 1) to lr."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Fraction of lr at which a linear or cosine schedule ends."""
     betas: Annotated[

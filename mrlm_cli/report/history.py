@@ -14,5 +14,5 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
     """The evaluations on the validation split, by step. Raises OSError, ValueError."""
-    found = [json.loads(path.read_bytes()) for path in sorted((run / "eval").glob("step-*.json"))]
+    found = [json.loads(path.read_bytes()) for path in sorted((run / "eval").glob("step-*[0-9].json"))]
     return sorted((one for one in found if one["split"] == "validation"), key=lambda one: one["step"])

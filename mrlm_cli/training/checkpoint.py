@@ -110,6 +110,24 @@ def newest_whole(parent: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
+def state(directory: Path) -> dict[str, Any]:
+    """What state.json holds. Raises CheckpointError if it is missing or no state of a run."""
+    path = directory / "state.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+        raise CheckpointError(f"{path} is not the state of a run")
+    return found
+
+
+def mark_latest(parent: Path, step: int) -> None:
+    """Point `latest` to the checkpoint of `step`: a kill may have come before `write` did. Raises CheckpointError."""
+    with _disk(f"{parent / 'latest'} could not be replaced"):
+        durable.point(parent / "latest", name(step))
+
+
 def mark_best(parent: Path, step: int) -> None:
     """Point `best` to the checkpoint of `step`. Raises CheckpointError if there is none or the disk refuses."""
     if not (parent / name(step)).is_dir():

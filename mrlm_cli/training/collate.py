@@ -43,7 +43,7 @@ def collate(episodes: Sequence[Episode], device: str) -> Batch | None:
         group=column((groups[one.group] for _, one in rows), torch.int64),
         unit=column(range(len(rows)), torch.int64),
         truncated=column((one.stop in ("length", "turns") for _, one in rows), torch.bool),
-        ended=column((one.stop != "length" for _, one in rows), torch.bool),
+        ended=column((one.ended for _, one in rows), torch.bool),
     )
 
 

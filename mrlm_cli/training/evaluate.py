@@ -37,6 +37,10 @@ def interval(by_task: Sequence[float], name: str, seed: int) -> Estimate:
     return Estimate(mean, float(low), float(high))
 
 
+class NothingToJudge(MrlmError):
+    """Every held-out episode failed."""
+
+
 def evaluate(
     rollout: Rollout,
     environments: Mapping[str, Environment],
@@ -47,7 +51,7 @@ def evaluate(
     step: int,
     checkpoint: str,
 ) -> tuple[Evaluation, list[Episode]]:
-    """Evaluate the policy that the rollout's engine holds. Raises MrlmError if every episode failed.
+    """Evaluate the policy that the rollout's engine holds. Raises NothingToJudge if every episode failed.
 
     Draws depend on the split, not on the step, so that two evaluations of a run differ by the policy alone.
     """
@@ -56,7 +60,7 @@ def evaluate(
     episodes = rollout.episodes(tasks, settings.episodes_per_task, Draw(seed, split, 0, step), settings.temperature)
     good = [one for one in episodes if one.stop != "failed"]
     if not good:
-        raise MrlmError(f"every held-out episode failed; the first: {episodes[0].failure}")
+        raise NothingToJudge(f"every held-out episode failed; the first: {episodes[0].failure}")
     by_task: dict[str, list[Episode]] = {}
     for one in good:
         by_task.setdefault(f"{one.task.env}/{one.task.id}", []).append(one)

@@ -18,17 +18,22 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._decided: dict[tuple[str, int], str] = {}
-        size = 0
-        for number, line in enumerate(durable.whole_lines(path), start=1):
-            try:
-                row = json.loads(line)
-                key = (row["session"], row["turn"])
-                self._decided[key] = row["failure"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunDirectoryError(f"{path}:{number} is not a line of a journal") from error
-            size += len(line) + 1
-        self._whole_bytes = size
+        self._whole_bytes = 0
+        self._read: dict[tuple[str, int], str] | None = None
+
+    @property
+    def _decided(self) -> dict[tuple[str, int], str]:
+        """Read at first use, which is under the run's lock: before it, another process may still write."""
+        if self._read is None:
+            self._read = {}
+            for number, line in enumerate(durable.whole_lines(self._path), start=1):
+                try:
+                    row = json.loads(line)
+                    self._read[row["session"], row["turn"]] = row["failure"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise RunDirectoryError(f"{self._path}:{number} is not a line of a journal") from error
+                self._whole_bytes += len(line) + 1
+        return self._read
 
     def recall(self, session: str, turn: int) -> str | None:
         """The failure that was recorded for this turn of this session, or None."""

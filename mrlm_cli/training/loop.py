@@ -31,13 +31,17 @@ def run(trainer: Trainer, stopper: Stopper) -> None:
         trainer.engine.load(trainer.policy.lm)
         if trainer.evaluation_due() and not trainer.run.has_evaluation(trainer.step):
             trainer.evaluate()  # the untrained policy is evaluation 0
+            if trainer.checkpoint_due():  # a signal came before this evaluation, which may have found the best step
+                saved = trainer.save()
         while trainer.step < steps:
             iteration(trainer)
+            trainer.end_if_given_up()
             if trainer.evaluation_due():
                 trainer.evaluate()  # before the checkpoint: it decides which one is the best
             if trainer.checkpoint_due():
                 saved = trainer.save()
-            stopper.check()
+            if trainer.step < steps:
+                stopper.check()
     except StopRequested:
         if saved != trainer.step:
             trainer.save()
@@ -68,6 +72,7 @@ def iteration(trainer: Trainer) -> None:
     if batch is None:
         announce.warned(f"step {trainer.step + 1}: no episode can be trained on; the first: {episodes[0].failure}")
         trainer.updater.refuse(Refused("every episode failed", []))
+        sums.add("skipped_steps", recipe.optimizer.passes * recipe.optimizer.minibatches)
     else:
         batch, gaps = annotate(
             batch,

@@ -92,9 +92,7 @@ class Adam:
                 if value is None or (key != "step" and value.shape != parameter.shape):
                     raise CheckpointError(f"{path}: the optimizer state of {name} does not fit this model")
             self._adam.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
-                for key, value in state.items()
-                if value is not None
+                key: value.to(parameter.device, copy=True) for key, value in state.items() if value is not None
             }
         if tensors:
             raise CheckpointError(f"{path}: optimizer state for unknown parameters, such as {next(iter(tensors))}")

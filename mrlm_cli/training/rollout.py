@@ -103,7 +103,7 @@ class Rollout:
         done = 0
         while waiting:
             cohort = waiting.popleft()
-            self._phase(f"{draw.stream}: {self._host.waiting() or 'sampling'}", done, len(sessions))
+            self._phase(f"{draw.stream}: sampling", done, len(sessions))
             turns = self._host.collect(cohort.ticket)
             replies = self._advance(cohort, turns, draw, limits)
             over = [one for one in cohort.sessions if one.stop is not None]
@@ -118,7 +118,7 @@ class Rollout:
         return [episode for one in sessions for episode in self._episodes(one)]
 
     def _cohorts(self, sessions: list[_Live]) -> list[list[_Live]]:
-        if len(sessions) < 2 or all(self._host.environments[one.task.env].audited for one in sessions):
+        if len(sessions) < 2 or not any(self._host.thinks_apart(one.task.env) for one in sessions):
             return [sessions]
         middle = (len(sessions) + 1) // 2
         return [sessions[:middle], sessions[middle:]]
@@ -151,7 +151,10 @@ class Rollout:
         one.facts.update(turn.facts)
         talk = self._conversation(one, turn.agent)
         if turn.done:
-            talk.view.extend(turn.messages)
+            if turn.truncated and self._bootstrap and turn.agent == one.speaker:
+                talk.hear(turn.messages, turn.tools)  # V is asked at the next decision state
+            else:
+                talk.view.extend(turn.messages)
             cut = acted is not None and acted.last_stop == "length"
             one.end("length" if cut else "turns" if turn.truncated else "done")
         elif acted is not None and acted.last_stop == "length":
@@ -214,6 +217,7 @@ class Rollout:
                 rewards=tuple(talk.rewards) if talk else (),
                 transcript=transcript,
                 stop=one.stop,
+                ended=talk is not None and talk.last_stop in ("end", "string"),
                 failure=one.failure,
             )
             for agent, talk in talks.items()

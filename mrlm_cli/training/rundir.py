@@ -134,6 +134,17 @@ class RunDirectory:
         except (OSError, UnicodeDecodeError) as error:
             raise RunDirectoryError(f"{self.path / 'recipe.yaml'} cannot be read: {error}") from error
 
+    def origin(self) -> dict[str, Any]:
+        """What origin.json holds: `origins`, `folders`, `plugins`. Raises RunDirectoryError if it cannot be read."""
+        path = self.path / "origin.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not {"origins", "folders", "plugins"} <= set(found):
+                raise ValueError("it lacks origins, folders or plugins")
+        except (OSError, ValueError, TypeError) as error:
+            raise RunDirectoryError(f"{path} cannot be read: {error}") from error
+        return dict(found)
+
     def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the line of `step`, which must be the one after the last; on the disk before this returns.
 

@@ -13,6 +13,20 @@ from mrlm_cli.records import Episode, Split, Task
 from mrlm_cli.training.rollout import Draw, Rollout
 
 
+def take(environment: Environment, label: str, split: Split, index: int) -> Task:
+    """The environment's task. Raises UserError if a user's class fails to make it or makes another one."""
+    try:
+        task = environment.task(split, index)
+    except Exception as error:  # a border: a user's code may raise anything
+        raise UserError(f"environment {label}: task({split!r}, {index}) raised {error!r}") from error
+    if not isinstance(task, Task) or (task.env, task.split, task.index) != (label, split, index):
+        raise UserError(
+            f"environment {label}: task({split!r}, {index}) must be a Task of env {label!r}, that split and index; "
+            f"it is {task!r:.200}"
+        )
+    return task
+
+
 def mixture(environments: Mapping[str, Environment], count: int, *parts: int | str) -> list[str]:
     """`count` environment labels drawn by weight, a function of `parts`."""
     labels = list(environments)
@@ -42,7 +56,8 @@ def held_out(environments: Mapping[str, Environment], split: Split, count: int) 
         size = environment.size(split)
         if size == 0:
             raise UserError(f"environment {label} has no {split} tasks")
-        tasks.extend(environment.task(split, index) for index in range(wanted if size is None else min(wanted, size)))
+        within = range(wanted if size is None else min(wanted, size))
+        tasks.extend(take(environment, label, split, index) for index in within)
     return tasks
 
 
@@ -86,6 +101,6 @@ class RolloutSource:
             else:
                 epoch, place = divmod(taken, size)
                 index = permuted(place, size, self._seed, "order", label, epoch)
-            tasks.append(self._environments[label].task("train", index))
+            tasks.append(take(self._environments[label], label, "train", index))
             self._cursor[label] = taken + 1
         return tasks

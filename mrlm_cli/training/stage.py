@@ -62,13 +62,19 @@ class Stage:
         self.engine: Engine = registry.resolve("engines", recipe.engine.type, folders)(
             recipe.engine, decode=self.chat.decode, precision=hardware.precision, check=check
         )
+
+        def watched() -> None:
+            check()
+            if awaited := self.host.waiting():
+                phase(f"waiting for {awaited}", 0, 0)
+
         self.host = Host(
             recipe.environments,
             folders=folders,
             workers=hardware.worker_processes,
             deadline=hardware.deadline,
             journal=journal,
-            check=check,
+            check=watched,
         )
         self.environments = self.host.environments
 

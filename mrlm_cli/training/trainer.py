@@ -14,13 +14,12 @@ import torch
 from mrlm_cli import registry
 from mrlm_cli.algorithms.base import Algorithm
 from mrlm_cli.errors import CheckpointError, NonFiniteError
-from mrlm_cli.events import Evaluation
 from mrlm_cli.policy import load
 from mrlm_cli.policy.model import Policy
 from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.training import checkpoint
 from mrlm_cli.training.announce import Announcer
-from mrlm_cli.training.evaluate import evaluate
+from mrlm_cli.training.evaluate import NothingToJudge, evaluate
 from mrlm_cli.training.optim import Adam
 from mrlm_cli.training.rundir import RunDirectory
 from mrlm_cli.training.source import RolloutSource
@@ -45,6 +44,7 @@ class Trainer:
         self.resumed = False
         self.best: dict[str, float] | None = None  # of the steps both evaluated and saved: {"step": n, "exact": share}
         self._tokenizer = stage.chat.tokenizer
+        self._refusal = ""
         self.algorithm: Algorithm = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm)
         # The policy as loaded, before a resume puts later weights in: KL at step 0 is 0.
         self.reference: Policy | None = load.reference(self.policy) if self.algorithm.needs.reference else None
@@ -75,24 +75,30 @@ class Trainer:
         every = self.recipe.checkpoint.every
         return self.step > 0 and (self.step == self.recipe.steps or (every > 0 and self.step % every == 0))
 
-    def evaluate(self) -> Evaluation:
-        """Evaluate on the validation split, store the result, and remember the best step."""
-        evaluation, episodes = evaluate(
-            self._judged,
-            self.environments,
-            self.recipe.evaluate,
-            split="validation",
-            seed=self.recipe.seed,
-            step=self.step,
-            checkpoint=str(self.run.path),
-        )
+    def evaluate(self) -> None:
+        """Evaluate on the validation split, store the result, and remember the best step.
+
+        Where every episode failed there is no result: a warning, and the run goes on.
+        """
+        try:
+            evaluation, episodes = evaluate(
+                self._judged,
+                self.environments,
+                self.recipe.evaluate,
+                split="validation",
+                seed=self.recipe.seed,
+                step=self.step,
+                checkpoint=str(self.run.path),
+            )
+        except NothingToJudge as error:
+            self.announce.warned(f"evaluation at step {self.step}: {error}")
+            return
         rows = stored(episodes, self.recipe.report.episodes)
         headline = evaluation.components.get("exact", evaluation.reward).mean
         if self.checkpoint_due() and (self.best is None or headline > self.best["exact"]):
             self.best = {"step": self.step, "exact": headline}
         self.run.write_evaluation(self.step, {**asdict(evaluation), "episodes": rows})
         self.announce.evaluated(evaluation)
-        return evaluation
 
     def save(self) -> int:
         """Write a checkpoint of this step; returns the step."""
@@ -112,8 +118,11 @@ class Trainer:
         return self.step
 
     def load(self, directory: Path) -> None:
-        """Take the state of a checkpoint. Raises CheckpointError if it belongs to another model or run."""
-        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        """Take the state of a checkpoint; point `latest` and `best` at what it says, should a kill have come between.
+
+        Raises CheckpointError if it belongs to another model or run.
+        """
+        state = checkpoint.state(directory)
         if state["reference_sha256"] not in (None, self._reference_sha256):
             raise CheckpointError(
                 f"{directory}: the model from which the run started has changed since; its KL would be another"
@@ -126,6 +135,9 @@ class Trainer:
         self.source.load_state(state["source"])
         self.updater.refused_in_a_row = int(state["refused_in_a_row"])
         self.resumed = True
+        checkpoint.mark_latest(directory.parent, self.step)
+        if self.best is not None and (directory.parent / checkpoint.name(int(self.best["step"]))).is_dir():
+            checkpoint.mark_best(directory.parent, int(self.best["step"]))
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -139,13 +151,21 @@ class Trainer:
 
     def _refused(self, error: Refused) -> None:
         where = f"; episodes {', '.join(str(number) for number in error.episodes[:5])}" if error.episodes else ""
-        text = f"step {self.step + 1}: {error}{where}; this optimizer step was not taken"
-        if self.updater.refused_in_a_row >= self.recipe.optimizer.max_refused:
+        self._refusal = f"step {self.step + 1}: {error}{where}; this optimizer step was not taken"
+        self.announce.warned(self._refusal)
+
+    def end_if_given_up(self) -> None:
+        """After too many refusals in a row, save the untouched parameters and raise NonFiniteError.
+
+        The refused step counts as done, so that a resume goes on behind it.
+        """
+        if self.updater.gave_up:
+            count, self.updater.refused_in_a_row = self.updater.refused_in_a_row, 0
+            self.save()
             raise NonFiniteError(
-                f"{text}; {self.updater.refused_in_a_row} in a row, so the run stops. The last checkpoint is intact; "
-                "a lower optimizer.lr or max_grad_norm is the usual cure"
+                f"{self._refusal}; {count} in a row, so the run stops, with step {self.step} saved. If episodes "
+                "failed, the stored ones say why; if something was not finite, lower optimizer.lr or max_grad_norm"
             )
-        self.announce.warned(text)
 
 
 def _fingerprint(policy: Policy) -> str:

@@ -20,12 +20,15 @@ LAST_ONLY = ("policy_moved",)  # a metric of the last optimizer step, where the 
 
 
 class Refused(Exception):
-    """An optimizer step was not taken. `episodes` (indices of the step's) are to blame; `harmless` if none is wrong."""
+    """An optimizer step was not taken; `episodes` (indices of the step's) are to blame."""
 
-    def __init__(self, what: str, episodes: list[int], *, harmless: bool = False) -> None:
+    def __init__(self, what: str, episodes: list[int]) -> None:
         super().__init__(what)
         self.episodes = episodes
-        self.harmless = harmless
+
+
+class Skipped(Exception):
+    """An optimizer step was not taken because no episode of its minibatch carries weight: nothing is wrong."""
 
 
 class Updater:
@@ -50,25 +53,33 @@ class Updater:
         self._temperature = temperature
         self._seed = seed
         self._phase = phase
-        self._refused = refused  # told of every optimizer step; raises when there were too many in a row
+        self._refused = refused  # told of every refusal
         self.refused_in_a_row = 0
 
     def update(self, batch: Batch, progress: Progress) -> Sums:
-        """Every optimizer step of an iteration; a refused one leaves the parameters bit for bit as they were."""
+        """Every optimizer step of an iteration; a refused one leaves the parameters bit for bit as they were.
+
+        Ends early once an algorithm says stop, or `gave_up`.
+        """
         sums = Sums()
         sums.add("lr", self._adam.schedule(progress))
-        done = refused = 0
+        done = refused = skipped = 0
         last = Sums()
         stopped = False
         total = self._settings.passes * self._settings.minibatches
         for pass_number in range(self._settings.passes):
             for part in self._minibatches(batch, progress, pass_number):
-                self._phase("update", done + refused, total)
+                self._phase("update", done + refused + skipped, total)
                 try:
                     last = self._optimizer_step(part, progress)
                 except Refused as error:
                     refused += 1
                     self.refuse(error)
+                    if self.gave_up:
+                        break
+                    continue
+                except Skipped:
+                    skipped += 1
                     continue
                 done += 1
                 self.refused_in_a_row = 0
@@ -77,21 +88,26 @@ class Updater:
                         sums.add(name, total_sum, count)
                 if stopped := self._algorithm.stop(last.means()):
                     break
-            if stopped:
+            if stopped or self.gave_up:
                 break
         for name, (total_sum, count) in last:
             if name in LAST_ONLY:
                 sums.add(name, total_sum, count)
         sums.add("optimizer_steps", done)
         sums.add("refused_steps", refused)
+        sums.add("skipped_steps", skipped)
         sums.add("stopped_early", float(stopped))
         return sums
 
+    @property
+    def gave_up(self) -> bool:
+        """Whether so many optimizer steps in a row were refused that the run should end."""
+        return self.refused_in_a_row >= self._settings.max_refused
+
     def refuse(self, error: Refused) -> None:
-        """Count a refusal; the listener may end the run."""
-        if not error.harmless:
-            self.refused_in_a_row += 1
-            self._refused(error)
+        """Count a refusal and tell the listener."""
+        self.refused_in_a_row += 1
+        self._refused(error)
 
     def _minibatches(self, batch: Batch, progress: Progress, pass_number: int) -> list[Batch]:
         units: dict[int, list[int]] = {}
@@ -113,7 +129,7 @@ class Updater:
         mass = batch.mass.sum()
         tokens = (batch.weights > 0).sum()
         if mass <= 0 or tokens == 0:
-            raise Refused("no episode of the minibatch carries weight", [], harmless=True)
+            raise Skipped
         value_only = self._algorithm.value_only(progress)
         sums = Sums()
         self._adam.zero()
