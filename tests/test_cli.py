@@ -190,7 +190,7 @@ def test_eval_prints_data_or_words(run: Run, calls: list[Any]) -> None:
     _, out, _ = run("eval", "runs/small")
     assert "exact                0.250  95 % interval 0.100 to 0.400" in out
     assert "8 held-out tasks of split test" in out
-    assert "1 tasks left out" in out
+    assert "1 episodes left out" in out
 
 
 def test_validate_checks_several_files(run: Run, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_dry_run_checks_and_does_nothing(run: Run, tmp_path: Path) -> None:
     code, _, err = run("train", "small.yaml", "--dry-run")
     assert (code, err) == (
         2,
-        "runs/small exists; to continue it: mrlm resume runs/small, or choose another with --run-dir\n",
+        "runs/small exists already; go on with it: mrlm resume runs/small, or choose another --run-dir\n",
     )
     assert run("train", "small.yaml", "--dry-run", "--continue")[0] == 0
 
@@ -304,7 +304,7 @@ def test_a_dry_run_checks_and_does_nothing(run: Run, tmp_path: Path) -> None:
     ("path", "code", "told"),
     [
         ("models/smollm2-135m", 2, "there is no model at models/smollm2-135m; bring it by: mrlm fetch smollm2-135m"),
-        ("./here", 2, "there is no model at ./here"),
+        ("./here", 2, "there is no model at here"),
         ("/nowhere/at/all", 2, "there is no model at /nowhere/at/all"),
         ("here/model.gguf", 2, "there is no model at here/model.gguf"),
         ("someone/some-model", 0, ""),

@@ -182,7 +182,7 @@ def test_journal(run: RunDirectory) -> None:
     assert path.read_bytes() == whole + b'{"session": "b", "turn": 0, "failure": "late"}\n'
     path.write_bytes(b"{}\n")
     with pytest.raises(RunDirectoryError, match=r"journal\.jsonl:1 is not a line of a journal"):
-        _ = RunDirectory.open(run.path).journal
+        RunDirectory.open(run.path).journal.recall("a", 0)
 
 
 def test_a_changed_recipe_is_recorded(run: RunDirectory) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mrlm_cli.envs.base import Environment, EnvironmentSettings
+from mrlm_cli.envs.base import Environment, EnvironmentSettings, Session
 from mrlm_cli.errors import NonFiniteError, UserError
 from mrlm_cli.events import Listener
 from mrlm_cli.records import Completion, Episode, Message, Reply, Request, Split, Task, Turn
@@ -273,6 +273,9 @@ class _Counting(Environment):
 
     def task(self, split: Split, index: int) -> Task:
         return Task(f"{split}-{index}", "counting", split, index, {})
+
+    def open(self, task: Task, seed: int) -> Session:
+        raise AssertionError("no session is opened here")
 
 
 def test_a_total_outage_of_an_environment_is_survived(tmp_path: Path) -> None:
