@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from mrlm_cli.errors import UserError
@@ -56,7 +57,7 @@ class Chat:
         if self._system is not None and all(message.role != "system" for message in messages):
             messages = [Message("system", self._system), *messages]
         if self._plain:
-            tokens = self._beginning() + self._joined(messages)
+            tokens = self._beginning + self._joined(messages)
         else:
             guard = _guard(messages)
             tokens = self._encode(self._render(messages, tools, guard, header=True), guard)
@@ -117,6 +118,7 @@ class Chat:
             raise UserError("this tokenizer names no end token, so no reply could ever end")
         return tuple(dict.fromkeys(ends))
 
+    @cached_property
     def _beginning(self) -> tuple[int, ...]:
         """The beginning-of-text token, where the tokenizer itself puts one before a text."""
         first = self.tokenizer.bos_token_id

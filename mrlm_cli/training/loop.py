@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 import time
@@ -27,6 +28,8 @@ def run(trainer: Trainer, stopper: Stopper) -> None:
     """
     steps = trainer.recipe.steps
     saved = trainer.step if trainer.resumed else None
+    gc.collect()
+    gc.freeze()  # what lives by now lives on: the collector need not walk through torch's and transformers' objects
     try:
         trainer.engine.load(trainer.policy.lm)
         if trainer.evaluation_due() and not trainer.run.has_evaluation(trainer.step):
