@@ -123,7 +123,8 @@ def evaluate(
     elif checkpoint is not None:
         composed = compose.load(checkpoint / "recipe.yaml", overrides, folders=folders)
     else:
-        raise UserError(f"{target} brings no recipe; say which tasks with --recipe RECIPE")
+        what = "brings no recipe" if Path(target).exists() else "is no run or checkpoint here; a model brings no recipe"
+        raise UserError(f"{target} {what}: say which tasks with --recipe RECIPE")
     loaded = composed.recipe
     path = str(checkpoint / "policy") if checkpoint else target
     model = PretrainedModel(type="pretrained", path=path, chat=loaded.model.chat)

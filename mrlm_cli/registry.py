@@ -66,6 +66,8 @@ def resolve(kind: str, name: str, folders: Sequence[Path] = ()) -> type[Any]:
     elif ":" in name:
         target = name
     else:
+        if name.endswith(".py"):
+            raise UnknownName(f"{name!r} names a file but no class in it; write {name}:ClassName")
         near = difflib.get_close_matches(name, table, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(table))}"
         raise UnknownName(f"no {kind.removesuffix('s')} is called {name!r}; {hint}")
@@ -74,6 +76,8 @@ def resolve(kind: str, name: str, folders: Sequence[Path] = ()) -> type[Any]:
     found = getattr(module, attribute, None)
     if not isinstance(found, type):
         raise UnknownName(f"{place} has no class {attribute!r}")
+    if unwritten := sorted(getattr(found, "__abstractmethods__", ())):
+        raise UserError(f"{place}: class {attribute} is not finished; it has yet to write {', '.join(unwritten)}")
     return found
 
 

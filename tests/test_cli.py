@@ -94,7 +94,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
         (["frobnicate"], "mrlm has no command frobnicate; see mrlm --help"),
         (["--frobnicate"], "No such option: --frobnicate; see mrlm --help"),
         (["info", "--frobnicate"], "No such option: --frobnicate; see mrlm info --help"),
-        (["explain", "clip"], "nothing is called clip; did you mean algorithm.clip?"),
+        (["train", "small.yaml", "--run-dir", "--dry-run"], "expected a path, got the flag --dry-run"),
+        (["train", "small.yaml", "--overlay", "--plain"], "expected a path, got the flag --plain"),
+        (["explain", "coef"], "nothing is called coef"),
         (["explain", "optimizer.lrr"], "did you mean optimizer.lr?"),
         (["explain", "approx_k"], "did you mean approx_kl?"),
         (["explain", "."], "nothing is called ."),
@@ -178,6 +180,23 @@ def test_resume_tells_a_run_from_an_override(
 ) -> None:
     assert run("resume", *arguments)[0] == 0
     assert calls == [((place, overrides), {"plain": False})]
+
+
+def test_the_last_word_of_one_setting_alone_is_enough(run: Run) -> None:
+    assert run("explain", "gamma") == run("explain", "algorithm.gamma")
+
+
+def test_an_unfinished_environment_is_the_users_error(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "env.py").write_text(
+        "from mrlm_cli.envs.base import Environment\nclass Mine(Environment):\n    components = {'exact': 1.0}\n"
+    )
+    text = (tmp_path / "small.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(text.replace("type: sort_digits", 'type: "./env.py:Mine"'))
+    code, _, err = run("validate", "mine.yaml")
+    assert code == 2
+    assert "class Mine is not finished; it has yet to write open, size, task" in err
+    (tmp_path / "mine.yaml").write_text(text.replace("type: sort_digits", 'type: "./env.py"'))
+    assert "write" in run("validate", "mine.yaml")[2]
 
 
 def test_eval_prints_data_or_words(run: Run, calls: list[Any]) -> None:

@@ -70,7 +70,7 @@ class ValuePretraining(Strict):
 
 
 class PPO:
-    """Everything between annotated episodes and a loss; one instance a run."""
+    """Proximal policy optimization with a critic: GAE over chosen tokens, clipped surrogate, KL, entropy."""
 
     class Config(AlgorithmSettings):
         """Proximal policy optimization."""

@@ -17,8 +17,35 @@ LENIENT = {"ignore_unknown_options": True}
 OVERRIDES = "Overrides such as optimizer.lr=1e-4 or environments.0.digits=2; the last one wins."
 _FILES = ("--config", "--recipe", "--file", "-c", "-f", "--yaml")
 
+
+def _no_flag(value: str | None) -> str | None:
+    """A value that begins with `-` is a flag whose option was left without its value."""
+    if value is not None and str(value).startswith("-"):
+        raise typer.BadParameter(f"expected a path, got the flag {value}")
+    return value
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=OVERRIDES, show_default=False)]
-Overlay = Annotated[str | None, typer.Option("--overlay", metavar="FILE", help="A file merged over the recipe.")]
+Overlay = Annotated[
+    str | None,
+    typer.Option("--overlay", metavar="FILE", help="A file merged over the recipe.", callback=_no_flag),
+]
+RunDir = Annotated[
+    str | None,
+    typer.Option("--run-dir", metavar="DIR", help="Where to write; by default runs/NAME.", callback=_no_flag),
+]
+Whose = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="RECIPE", help="Whose tasks; by default the run's own.", callback=_no_flag),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Overrides of steps, evaluate, checkpoint or report, such as steps=600.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print data as JSON.")]
 
 

@@ -33,6 +33,10 @@ def explained(key: str) -> list[Entry]:
         text = f"{key}: {metric.sentence}\n  formula  {metric.formula}\n  good     {metric.good}"
         entries.append(Entry(text, {"kind": "metric", **asdict(metric), "name": key}))
     if not entries:
+        leaves = [each for each in settings if each.path.rpartition(".")[2] == key]
+        if len({each.path for each in leaves}) == 1:  # a last word that only one setting has
+            entries = [_setting(each, settings) for each in _merged(leaves)]
+    if not entries:
         raise UnknownName(f"nothing is called {key}; {_hint(key, [each.path for each in settings])}")
     return entries
 

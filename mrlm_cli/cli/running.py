@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from mrlm_cli.cli.arguments import LENIENT, AsJson, Overlay, Overrides, is_override, print_json, words
+from mrlm_cli.cli.arguments import (
+    LENIENT,
+    AsJson,
+    Changes,
+    Overlay,
+    Overrides,
+    RunDir,
+    Whose,
+    is_override,
+    print_json,
+    words,
+)
 from mrlm_cli.errors import UserError
 
 _PANEL = "Train and evaluate"
@@ -25,9 +36,7 @@ def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of a shipped one.")],
     overrides: Overrides = None,
-    run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", metavar="DIR", help="Where to write; by default runs/NAME.")
-    ] = None,
+    run_dir: RunDir = None,
     overlay: Overlay = None,
     continue_run: Annotated[
         bool, typer.Option("--continue", help="Go on with a run of the same recipe, or start it.")
@@ -41,7 +50,7 @@ def train(
     from mrlm_cli.cli import plan
 
     composed = api.load_recipe(file, settings, overlay)
-    place = run_dir or Path("runs") / composed.recipe.name
+    place = Path(run_dir) if run_dir else Path("runs") / composed.recipe.name
     if dry_run:
         plan.dry_run(composed, place, continue_run)
     else:
@@ -54,7 +63,7 @@ def resume(
     run_dir: Annotated[
         str | None, typer.Argument(help="A run directory; by default the newest under runs/.", show_default=False)
     ] = None,
-    overrides: Overrides = None,
+    overrides: Changes = None,
     plain: _Plain = False,
 ) -> None:
     """Go on with a run from its newest whole checkpoint, bit for bit; steps=N trains longer."""
@@ -69,9 +78,7 @@ def evaluate(
     context: typer.Context,
     target: Annotated[str, typer.Argument(help="A run, a checkpoint, a model's directory or a hub id.")],
     overrides: Overrides = None,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", metavar="RECIPE", help="Whose tasks; by default the run's own.")
-    ] = None,
+    recipe: Whose = None,
     best: Annotated[bool, typer.Option("--best", help="The run's best checkpoint instead of its latest.")] = False,
     as_json: AsJson = False,
 ) -> None:

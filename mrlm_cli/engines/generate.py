@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class GenerateEngine:
-    """Runs `module.generate` once for each request; every token is chosen by the sampler from the module's own logits.
+    """transformers' generate with our sampler's rule: slow and obvious, the reference for the cached engine.
+
+    Runs `module.generate` once for each request; every token is chosen by the sampler from the module's own logits.
 
     It holds no cache between calls, only the tokens of each conversation, so that it refuses what a caching engine
     would refuse.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub.constants import ENDPOINT
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
@@ -64,8 +67,9 @@ def read(path: str) -> tuple[Any, Any]:
     else:
         source = path
     local = place.exists()
+    on_disk = local or not _hub_answers()  # what was downloaded before still loads; nothing waits for retries
     with quiet(), _readable(source, local):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=on_disk)
         without_dropout(config)
         lm, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -73,10 +77,10 @@ def read(path: str) -> tuple[Any, Any]:
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
-            local_files_only=local,
+            local_files_only=on_disk,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=on_disk)
     lacking = sorted(info["missing_keys"])
     if lacking:
         raise CheckpointError(f"{source} lacks {len(lacking)} of the model's tensors, {lacking[0]} among them")
@@ -132,6 +136,15 @@ def _is_local(path: str) -> bool:
     place = Path(path)
     beside = len(place.parts) > 1 and (place.parts[0] in ("models", "runs") or place.parent.is_dir())
     return beside or place.name in KNOWN or HUB_ID.fullmatch(path) is None
+
+
+def _hub_answers() -> bool:
+    """Whether the hub's name is known to this machine's resolver: without a network it is not."""
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _refuse_pickle(directory: Path) -> None:

@@ -92,7 +92,9 @@ class RunDirectory:
     def open(cls, path: Path) -> RunDirectory:
         """An existing run directory. Raises UserError if there is none at `path`."""
         if not path.is_dir():
-            raise UserError(f"there is no run directory {path}; mrlm list runs names those that are there")
+            beside = Path("runs") / path
+            hint = f"did you mean {beside}?" if beside.is_dir() else "mrlm list runs names those that are there"
+            raise UserError(f"there is no run directory {path}; {hint}")
         missing = [name for name in _REQUIRED if not (path / name).exists()]
         if missing:
             raise UserError(f"{path} is not a run directory: it has no {', '.join(missing)}")

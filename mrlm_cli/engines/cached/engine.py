@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 
 class CachedEngine:
-    """Prompts of different lengths decode together without padding between them; equal prompts are computed once.
+    """Batched decoding over preallocated keys and values: the default.
 
+    Prompts of different lengths decode together without padding between them; equal prompts are computed once.
     Rows that end are retired and their places refilled in the order of the requests. A conversation keeps its keys
     and values until `free` or `load`, so that its next turn feeds only what is new. Completions are a function of
     weights, settings and the calls since the last load; across batch compositions they agree up to float rounding.
