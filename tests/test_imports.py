@@ -19,7 +19,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "envs": (set(), {"pydantic"} | EXTRAS),
     "formulas": (set(), {"torch"}),
     "algorithms": ({"formulas"}, {"pydantic"}),
-    "policy": ({"recipe", "formulas"}, {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers"} | EXTRAS),
+    "policy": (
+        {"recipe", "formulas"},
+        {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers"} | EXTRAS,
+    ),
     "engines": ({"formulas"}, {"pydantic", "torch", "transformers"}),
     "training": (
         {"recipe", "envs", "formulas", "algorithms", "policy", "engines"},

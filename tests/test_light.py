@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -89,20 +88,9 @@ def test_wrong_input_is_answered_without_anything_heavy(tmp_path: Path) -> None:
 
 def test_a_heavy_import_would_be_seen(tmp_path: Path) -> None:
     """A plugin that imports numpy stands for a command that imports torch."""
-    plugin = "import numpy\nfrom mrlm_cli.envs.base import Environment\nclass Heavy(Environment): ...\n"
+    plugin = "import numpy\nfrom mrlm_cli.envs.base import Environment\nclass Heavy(Environment):\n    size = task = open = None\n"
     (tmp_path / "heavy_env.py").write_text(plugin)
     (tmp_path / "r.yaml").write_text(GOOD.replace("sort_digits, digits: 4", "./heavy_env.py:Heavy"))
     results, modules = fresh([["validate", "r.yaml"]], tmp_path)
     assert results[0][0] == 0
     assert modules & set(HEAVY) == {"numpy"}
-
-
-@pytest.mark.parametrize(
-    "command", [["--help"], ["show", "quickstart"], ["list"], ["explain", "optimizer.lr"], ["schema"]]
-)
-def test_light_commands_take_little_processor_time(tmp_path: Path, command: list[str]) -> None:
-    """Processor seconds, which neighbours on the machine do not change as they change wall time."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "mrlm_cli", *command], capture_output=True, timeout=60, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5

@@ -21,6 +21,7 @@ class Echo(Environment):
     """Say it again."""
 
     components = {"exact": 1.0}
+    size = task = open = None  # a recipe is composed without them
 
     class Config(EnvironmentSettings):
         """Settings."""
