@@ -88,7 +88,7 @@ def test_wrong_input_is_answered_without_anything_heavy(tmp_path: Path) -> None:
 
 def test_a_heavy_import_would_be_seen(tmp_path: Path) -> None:
     """A plugin that imports numpy stands for a command that imports torch."""
-    body = "class Heavy(Environment):\\n    size = task = open = None\\n"
+    body = "class Heavy(Environment):\n    size = task = open = None\n"
     plugin = f"import numpy\nfrom mrlm_cli.envs.base import Environment\n{body}"
     (tmp_path / "heavy_env.py").write_text(plugin)
     (tmp_path / "r.yaml").write_text(GOOD.replace("sort_digits, digits: 4", "./heavy_env.py:Heavy"))
