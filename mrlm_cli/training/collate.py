@@ -47,15 +47,21 @@ def collate(episodes: Sequence[Episode], device: str) -> Batch | None:
     )
 
 
+def unit_rows(batch: Batch) -> dict[int, list[int]]:
+    """Unit → its rows, both in the order of the batch."""
+    units: dict[int, list[int]] = {}
+    for row, unit in enumerate(batch.unit.tolist()):
+        units.setdefault(unit, []).append(row)
+    return units
+
+
 def micro_batches(batch: Batch, budget: int) -> list[torch.Tensor]:
     """Row indices cut into micro-batches of at most `budget` padded tokens, longest first, units kept whole.
 
     A unit that is larger than the budget makes a micro-batch of its own. Sorting by length keeps padding small; ties
     keep their order, so the cut is a function of lengths alone.
     """
-    units: dict[int, list[int]] = {}
-    for row, unit in enumerate(batch.unit.tolist()):
-        units.setdefault(unit, []).append(row)
+    units = unit_rows(batch)
     lengths = batch.lengths.tolist()
     ordered = sorted(units.values(), key=lambda rows: -max(lengths[row] for row in rows))
     cut: list[list[int]] = []

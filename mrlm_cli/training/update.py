@@ -13,7 +13,7 @@ from mrlm_cli.metrics import Sums
 from mrlm_cli.policy.model import Policy
 from mrlm_cli.recipe.sections import Optimizer
 from mrlm_cli.records import Batch, Progress
-from mrlm_cli.training.collate import micro_batches
+from mrlm_cli.training.collate import micro_batches, unit_rows
 from mrlm_cli.training.optim import Adam
 
 LAST_ONLY = ("policy_moved",)  # a metric of the last optimizer step, where the others are over all of them
@@ -110,9 +110,7 @@ class Updater:
         self._refused(error)
 
     def _minibatches(self, batch: Batch, progress: Progress, pass_number: int) -> list[Batch]:
-        units: dict[int, list[int]] = {}
-        for row, unit in enumerate(batch.unit.tolist()):
-            units.setdefault(unit, []).append(row)
+        units = unit_rows(batch)
         order = shuffled(list(units), self._seed, "minibatches", progress.step, pass_number)
         count = min(self._settings.minibatches, len(order))
         bounds = [round(number * len(order) / count) for number in range(count + 1)]
