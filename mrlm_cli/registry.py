@@ -27,6 +27,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "arithmetic": "mrlm_cli.envs.arithmetic:Arithmetic",
         "guess": "mrlm_cli.envs.guess:Guess",
         "sentiment": "mrlm_cli.envs.sentiment:Sentiment",
+        "math": "mrlm_cli.envs.math:Math",
     },
     "algorithms": {
         "ppo": "mrlm_cli.algorithms.ppo:PPO",

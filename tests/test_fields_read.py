@@ -107,6 +107,7 @@ RUNS: list[dict[str, Any]] = [
             {"type": "arithmetic", "digits": 1},
             {"type": "guess", "weight": 2.0},
             {"type": "sentiment"},
+            {"type": "math"},
             {"type": "sort_digits", "digits": 3, "name": "sort"},
         ],
         "steps": 3,
@@ -130,9 +131,16 @@ def test_every_field_is_read(tmp_path: Path, reads: set[tuple[str, str]]) -> Non
     pretrained = pretrained.model_copy(update={"name": "again"})
     with trainer(tmp_path / "pretrained", pretrained) as made:
         assert made.policy.value is not None
-    for kind, field in (("arithmetic", "form"), ("sentiment", "instruction")):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(f'{{"problem": "{n}?", "answer": "{n}"}}\n' for n in range(9)))
+    for kind, field, given in (
+        ("arithmetic", "form", {}),
+        ("sentiment", "instruction", {}),
+        ("math", "levels", {}),
+        ("math", "test_path", {"path": str(problems)}),
+    ):
         environment = registry.resolve("environments", kind)
-        made_environment = environment(environment.Config(type=kind))
+        made_environment = environment(environment.Config(type=kind, **given))
         session = made_environment.open(made_environment.task("train", 0), 0)
         session.start()
         session.step(Reply(Message("assistant", "1"), "end"))

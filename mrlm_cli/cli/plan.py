@@ -12,7 +12,12 @@ from mrlm_cli.recipe.derived import Derived, derive
 from mrlm_cli.recipe.sections import PretrainedModel, ScratchModel
 
 # modules of each extra, looked for without importing them
-EXTRAS = {"gguf": ("gguf", "accelerate"), "sentiment": ("vaderSentiment",)}
+EXTRAS = {
+    "gguf": ("gguf", "accelerate"),
+    "sentiment": ("vaderSentiment",),
+    "math": ("math_verify",),
+    "parquet": ("pyarrow",),
+}
 
 
 def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:

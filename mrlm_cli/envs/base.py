@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 from mrlm_cli.records import Reply, Split, Task, Turn
@@ -55,6 +56,15 @@ class Environment(ABC):
     @abstractmethod
     def open(self, task: Task, seed: int) -> Session:
         """A new session of the task."""
+
+    @property
+    def in_process(self) -> bool:
+        """Whether sessions with these settings may run in the trainer's process; only `audited` ones ever do."""
+        return self.audited
+
+    def oracle(self, task: Task) -> str | Sequence[str] | None:
+        """The exactly right reply, or one for every turn; None where it is not known. It must earn `exact`."""
+        return None
 
     def canonical(self, task: Task) -> str:
         """Equal for tasks that are the same but for a symmetry, by default for equal data; splits share none."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from mrlm_cli.envs.base import Environment
 from mrlm_cli.envs.wire import check_turn, describe_exception, task_from_json, task_to_json, turn_to_json
-from mrlm_cli.records import Message, Reply, Split, Task, Turn
+from mrlm_cli.records import Message, Reply, Split, Task
 from mrlm_cli.strict import EnvironmentSettings
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -48,8 +48,8 @@ def problems(environment: Environment, *, tasks: int = 50) -> list[str]:
     """What is wrong with an environment, one sentence each; empty if nothing was found.
 
     Looks at the first `tasks` tasks of every split: purity, JSON, ids, disjoint splits (by `canonical`), sessions that
-    repeat themselves, replies in HOSTILE, and that what a method `oracle(task)` answers is exactly right, if there is
-    one.
+    repeat themselves, replies in HOSTILE, and that what `oracle(task)` answers is exactly right, if it is
+    known.
     """
     found = [*_declarations(environment)]
     for split in SPLITS:
@@ -149,13 +149,13 @@ def _play(environment: Environment, task: Task, reply: Reply) -> list[dict[str, 
 
 
 def _oracle(environment: Environment, tasks: int) -> Iterator[str]:
-    oracle = getattr(environment, "oracle", None)
-    if oracle is None or "exact" not in environment.components:
+    if "exact" not in environment.components:
         return
     for split in SPLITS:
         for task in _first(environment, split, tasks):
             try:
-                exact = _exact(environment, task, oracle(task))
+                answer = environment.oracle(task)
+                exact = 1.0 if answer is None else _exact(environment, task, answer)
             except Exception as error:
                 yield f"{task.id}: the oracle's answer fails: {describe_exception(error)}"
                 continue
@@ -163,11 +163,17 @@ def _oracle(environment: Environment, tasks: int) -> Iterator[str]:
                 yield f"{task.id}: the oracle's answer has exact = {exact}"
 
 
-def _exact(environment: Environment, task: Task, answer: str) -> float:
+def _exact(environment: Environment, task: Task, answer: str | Sequence[str]) -> float:
+    """Sum of `exact` over the turns that the replies lead to."""
     session = environment.open(task, 0)
+    total = 0.0
     try:
-        session.start()
-        turn: Turn = check_turn(session.step(Reply(Message("assistant", answer), "end")), environment)
+        turn = session.start()
+        for text in [answer] if isinstance(answer, str) else answer:
+            if turn.done:
+                raise ValueError("the session is over before the oracle's last reply")
+            turn = check_turn(session.step(Reply(Message("assistant", text), "end")), environment)
+            total += turn.rewards.get("policy", {}).get("exact", 0.0)
     finally:
         session.close()
-    return turn.rewards.get("policy", {}).get("exact", 0.0)
+    return total

@@ -110,8 +110,8 @@ class Host:
             if label in self.environments:
                 raise UserError(f"two environments are called {label!r}; give one of them a name")
             found = resolve("environments", settings.type, folders)
-            self.environments[label] = found(settings)
-            if not _in_process(found):
+            environment = self.environments[label] = found(settings)
+            if not _in_process(environment):
                 outside[label] = settings
         self._outside = frozenset(outside)
         self._workers = [Worker(i, outside, folders, deadline) for i in range(workers if outside else 0)]
@@ -224,9 +224,9 @@ class Host:
             self._awaited = None
 
 
-def _in_process(found: type[Environment]) -> bool:
+def _in_process(environment: Environment) -> bool:
     # A user's subclass of a built-in environment inherits `audited`, but nobody audited it.
-    return found.audited and found.__module__.startswith("mrlm_cli.")
+    return environment.audited and environment.in_process and type(environment).__module__.startswith("mrlm_cli.")
 
 
 def _now(ask: Callable[[], Outcome]) -> Future[Outcome]:
