@@ -102,10 +102,10 @@ RUNS: list[dict[str, Any]] = [
             "aggregation": "constant",
             "constant_length": 8,
         },
-        "sampling": {"tasks_per_step": 4, "max_tokens": 32, "stop": ["="]},
+        "sampling": {"tasks_per_step": 8, "max_tokens": 32, "stop": ["="]},
         "environments": [
             {"type": "arithmetic", "digits": 1},
-            {"type": "guess", "weight": 2.0},
+            {"type": "guess", "weight": 8.0},
             {"type": "sentiment"},
             {"type": "math"},
             {"type": "sort_digits", "digits": 3, "name": "sort"},
