@@ -100,6 +100,16 @@ def resume(run_dir: Path | None, overrides: Sequence[str] = (), *, plain: bool =
     return run.path
 
 
+def sandbox() -> str:
+    """The mechanism that confines untrusted programs here, found by trying; or why there is none."""
+    from mrlm_cli.envs.sandbox import probe
+
+    try:
+        return probe.choose().name
+    except UserError as error:
+        return f"none: {error}"
+
+
 def evaluate(
     target: str, *, recipe: str | None = None, overrides: Sequence[str] = (), best: bool = False
 ) -> Evaluation:

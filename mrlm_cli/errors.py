@@ -10,7 +10,8 @@ MrlmError                      exit 1: the run failed, through no fault of the r
 ├── NonFiniteError             losses, gradients or rewards stayed non-finite
 ├── EngineError                a completion could not be made
 ├── SessionFailure             one session of an environment failed: counted, never scored as a wrong answer
-│   └── DeadlineExceeded       it did not answer in time
+│   ├── DeadlineExceeded       it did not answer in time
+│   └── SandboxFailure         the sandbox itself failed: no verdict about the program in it
 └── Interrupted                exit 130 or 143: stopped by a signal, with the state saved
 """
 
@@ -64,6 +65,10 @@ class SessionFailure(MrlmError):
 
 class DeadlineExceeded(SessionFailure):
     """A session did not answer before its deadline."""
+
+
+class SandboxFailure(SessionFailure):
+    """A sandbox did not come up, or did not end; says nothing about the program that was to run in it."""
 
 
 class Interrupted(MrlmError):

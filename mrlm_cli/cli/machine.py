@@ -37,7 +37,7 @@ def fetch(
 
 
 def info(as_json: AsJson = False) -> None:
-    """Versions, CPUs, memory, optional packages, and where shipped recipes lie."""
+    """Versions, CPUs, memory, optional packages, the sandbox for untrusted programs, where shipped recipes lie."""
     facts = _facts()
     if as_json:
         print_json(facts)
@@ -48,6 +48,7 @@ def info(as_json: AsJson = False) -> None:
 
 
 def _facts() -> dict[str, Any]:
+    from mrlm_cli import api
     from mrlm_cli.cli.plan import EXTRAS
     from mrlm_cli.recipe.compose import shipped
 
@@ -65,6 +66,7 @@ def _facts() -> dict[str, Any]:
             extra: "installed" if all(importlib.util.find_spec(module) for module in modules) else "not installed"
             for extra, modules in EXTRAS.items()
         },
+        "sandbox": api.sandbox(),
         "recipes": str(next(iter(shipped("recipes").values())).parent),
     }
 
