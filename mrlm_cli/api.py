@@ -16,6 +16,7 @@ from mrlm_cli import registry
 from mrlm_cli.errors import CheckpointError, UserError
 from mrlm_cli.events import Evaluation, Listener
 from mrlm_cli.recipe import compose
+from mrlm_cli.recipe.agents import Scripted
 from mrlm_cli.recipe.compose import Composed
 from mrlm_cli.recipe.schema import Recipe
 
@@ -145,6 +146,7 @@ def evaluate(
         check=lambda: None,
         phase=lambda name, done, total: None,
         values=False,
+        start=loaded.model,
     ) as stage:
         stage.engine.load(stage.policy.lm)
         evaluation, episodes = judge(
@@ -155,6 +157,7 @@ def evaluate(
             seed=loaded.seed,
             step=checkpoints.state(checkpoint)["step"] if checkpoint else 0,
             checkpoint=str(checkpoint or target),
+            findings=stage.findings(),
         )
     if run is not None and recipe is None and not overrides:
         run.write_evaluation(
@@ -220,7 +223,8 @@ def _listeners(plain: bool) -> list[Listener]:
 
 
 def _plugin_names(recipe: Recipe) -> list[str]:
-    return [recipe.algorithm.type, recipe.engine.type, *(each.type for each in recipe.environments)]
+    players = [agent.player for agent in recipe.agents.values() if isinstance(agent, Scripted)]
+    return [recipe.algorithm.type, recipe.engine.type, *(each.type for each in recipe.environments), *players]
 
 
 def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

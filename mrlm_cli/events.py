@@ -35,6 +35,9 @@ class Evaluation:
     truncated: float  # share of episodes cut by a limit
     seconds: float
     environments: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)  # where there are several
+    # {"environment/agent": {"reward" or component: its mean}} where an environment has several agents
+    agents: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    findings: Mapping[str, float] = field(default_factory=dict)  # {"environment/finding": what it found out}
 
     def to_json(self) -> dict[str, Any]:
         """The JSON-able form that `mrlm eval --json` prints."""

@@ -80,12 +80,15 @@ METRICS: dict[str, Metric] = _table(
     ),
     Metric(
         "reward/*/*",
-        "Mean of one environment's reward component, unweighted; sampled, so below the greedy evaluation.",
+        "Mean of one environment's reward component, unweighted; sampled, so below the greedy evaluation. "
+        "Where there are several agents, also by agent: reward/environment/agent/component.",
         "mean over episodes of Σ turns",
         "rises if it is what you want",
     ),
     Metric("fact/*/*", "Mean of a number that an environment reports.", "mean over episodes", "the environment's own"),
-    Metric("episodes", "Episodes trained on.", "count", "the recipe's tasks_per_step × episodes_per_task"),
+    Metric(
+        "episodes", "Episodes trained on.", "count", "tasks_per_step × episodes_per_task, for each agent that learns"
+    ),
     Metric(
         "failed_rate",
         "Share of episodes that failed for a technical reason; excluded, never scored as wrong.",
@@ -211,6 +214,12 @@ METRICS: dict[str, Metric] = _table(
     Metric("stopped_early", "1 if the target KL ended the update.", "flag", "mostly 0"),
     Metric("value_pretraining", "1 while only the value function is trained.", "flag", "as set"),
     Metric("eval/exact", "Share of held-out tasks answered exactly right: the headline.", "mean over tasks", "rises"),
+    Metric(
+        "eval/*/*",
+        "What an environment finds out about the policy by asking it, such as exploitability; in evaluations.",
+        "a function of the policy's exact probabilities",
+        "the environment's own",
+    ),
     Metric("eval/reward", "Mean shaped reward on held-out tasks.", "mean over tasks", "rises"),
 )
 

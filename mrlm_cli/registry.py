@@ -26,12 +26,14 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "sort_digits": "mrlm_cli.envs.sort_digits:SortDigits",
         "arithmetic": "mrlm_cli.envs.arithmetic:Arithmetic",
         "guess": "mrlm_cli.envs.guess:Guess",
+        "kuhn": "mrlm_cli.envs.kuhn:Kuhn",
         "sentiment": "mrlm_cli.envs.sentiment:Sentiment",
         "math": "mrlm_cli.envs.math:Math",
     },
     "algorithms": {
         "ppo": "mrlm_cli.algorithms.ppo:PPO",
     },
+    "players": {},
     "engines": {
         "cached": "mrlm_cli.engines.cached.engine:CachedEngine",
         "generate": "mrlm_cli.engines.generate:GenerateEngine",

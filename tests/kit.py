@@ -10,6 +10,7 @@ from typing import Any
 from mrlm_cli import registry
 from mrlm_cli.events import Listener
 from mrlm_cli.recipe import sections
+from mrlm_cli.recipe.agents import AGENTS
 from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.training.announce import Announcer
 from mrlm_cli.training.rundir import RunDirectory
@@ -52,6 +53,7 @@ def tiny(folder: Path = Path(), **changes: Any) -> Recipe:
             {**fields[key], **value} if isinstance(value, dict) and key in fields and not other_type else value
         )
     model = fields.pop("model")
+    agents = {role: AGENTS[one["type"]](**one) for role, one in fields.pop("agents", {}).items()}
     kind = sections.ScratchModel if model["type"] == "scratch" else sections.PretrainedModel
     return Recipe(
         **{name: fields.pop(name) for name in ("name", "steps", "seed")},
@@ -59,6 +61,7 @@ def tiny(folder: Path = Path(), **changes: Any) -> Recipe:
         environments=tuple(settings("environments", folder, **each) for each in fields.pop("environments")),
         algorithm=settings("algorithms", folder, **fields.pop("algorithm")),
         engine=settings("engines", folder, **fields.pop("engine")),
+        agents=agents,
         **{name: getattr(sections, name.capitalize())(**value) for name, value in fields.items()},
     )
 

@@ -30,6 +30,9 @@ BY_COMPOSITION = {
     ("ScratchModel", "type"),
     ("PretrainedModel", "type"),
     ("PretrainedModel", "path"),
+    ("Learner", "type"),
+    ("Frozen", "type"),
+    ("Scripted", "type"),
 }
 
 
@@ -111,6 +114,16 @@ RUNS: list[dict[str, Any]] = [
             {"type": "sort_digits", "digits": 3, "name": "sort"},
         ],
         "steps": 3,
+    },
+    {
+        "environments": [{"type": "kuhn"}],
+        "agents": {"first": {"type": "learner"}, "second": {"type": "frozen", "chat": {"template": "plain"}}},
+        "sampling": {"tasks_per_step": 4, "max_new_tokens": 2},
+    },
+    {
+        "environments": [{"type": "kuhn"}],
+        "agents": {"second": {"type": "scripted", "player": "random"}},
+        "sampling": {"tasks_per_step": 4, "max_new_tokens": 2},
     },
     {"engine": {"type": "generate"}, "sampling": {"tasks_per_step": 2, "max_new_tokens": 2}},
 ]

@@ -98,6 +98,10 @@ def evaluate(
         print(f"  {name:<20} {estimate.mean:.3f}  95 % interval {estimate.low:.3f} to {estimate.high:.3f}")
     for count, share in evaluation.pass_at.items():
         print(f"  pass@{count:<15} {share:.3f}")
+    for name, value in evaluation.findings.items():
+        print(f"  {name:<20} {value:.4f}")
+    for agent, received in evaluation.agents.items():
+        print(f"  {agent:<20} " + ", ".join(f"{name} {estimate.mean:.3f}" for name, estimate in received.items()))
     print(f"  {'length':<20} {evaluation.length:.1f} tokens; {evaluation.truncated:.1%} cut by a limit")
     if evaluation.failed:
         print(f"  {'failed':<20} {evaluation.failed} episodes left out")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from mrlm_cli.records import Reply, Split, Task, Turn
+from mrlm_cli.records import Message, Reply, Split, Task, Turn
 from mrlm_cli.strict import EnvironmentSettings as EnvironmentSettings
 
 
@@ -24,6 +25,24 @@ class Session(Protocol):
         """Called once, also after a failure."""
 
 
+class Player(Protocol):
+    """Speaks for a scripted agent in one session. A class that a recipe names is made as `Class(task, agent, seed)`.
+
+    It runs in the trainer's process, without a deadline; what it raises fails the session.
+    """
+
+    def reply(self, view: Sequence[Message]) -> str:
+        """The agent's next reply; `view` is all that it saw and said, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """How likely is it that the policy, having seen and said `view`, answers with `reply` and ends?"""
+
+    view: tuple[Message, ...]  # assistant messages in it are the policy's own; the last one is not
+    reply: str
+
+
 class Environment(ABC):
     """Base class of environments. Instances are cheap, pure and hold only their settings.
 
@@ -32,6 +51,9 @@ class Environment(ABC):
     `audited` is True only for the built-in environments: they run in the trainer's process, all others in worker
     processes with a deadline. `held_out` is False only where splits share tasks on purpose, because there is nothing
     to generalise to: evaluations then measure skill at what was trained.
+
+    `agents` are the roles of a session, where settings do not decide them (then override `roles`); `players` names the
+    scripted ones that `player` makes. Give each role all that it must know: it sees its own view alone.
     """
 
     class Config(EnvironmentSettings):
@@ -39,6 +61,7 @@ class Environment(ABC):
 
     components: ClassVar[dict[str, float]] = {}
     agents: ClassVar[tuple[str, ...]] = ("policy",)
+    players: ClassVar[tuple[str, ...]] = ()
     audited: ClassVar[bool] = False
     held_out: ClassVar[bool] = True
 
@@ -69,6 +92,23 @@ class Environment(ABC):
     def canonical(self, task: Task) -> str:
         """Equal for tasks that are the same but for a symmetry, by default for equal data; splits share none."""
         return json.dumps(task.data, sort_keys=True)
+
+    def player(self, name: str, task: Task, agent: str, seed: int) -> Player:
+        """The scripted player called `name`, one of `players`, for one agent of one session."""
+        raise ValueError(f"{self.config.label} has no player {name!r}")
+
+    def questions(self) -> Sequence[Question]:
+        """What an evaluation asks the policy for `findings`; by default nothing."""
+        return ()
+
+    def findings(self, probabilities: Sequence[float]) -> Mapping[str, float]:
+        """Numbers about the policy that follow from its exact answers to `questions`, for the evaluation's report."""
+        return {}
+
+    @classmethod
+    def roles(cls, config: Any) -> tuple[str, ...]:
+        """The agents of a session under these settings."""
+        return cls.agents
 
     @classmethod
     def reward_weights(cls, config: EnvironmentSettings) -> dict[str, float]:

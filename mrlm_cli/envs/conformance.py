@@ -70,7 +70,7 @@ def _declarations(environment: Environment) -> Iterator[str]:
         yield "Config must inherit EnvironmentSettings"
     if not environment.components:
         yield "components declares no reward"
-    if not environment.agents:
+    if not environment.roles(environment.config):
         yield "agents is empty"
     for name, weight in environment.reward_weights(environment.config).items():
         if name not in environment.components:

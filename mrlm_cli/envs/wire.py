@@ -27,14 +27,15 @@ def check_turn(turn: Any, environment: Environment) -> Turn:
     """The same turn with plain floats. Raises SessionFailure if it breaks the environment's contract."""
     if not isinstance(turn, Turn):
         raise SessionFailure(f"a session must answer with a Turn, not {type(turn).__name__}")
-    if turn.agent not in environment.agents:
-        raise SessionFailure(f"agent {turn.agent!r} is not one of {', '.join(environment.agents)}")
+    roles = environment.roles(environment.config)
+    if turn.agent not in roles:
+        raise SessionFailure(f"agent {turn.agent!r} is not one of {', '.join(roles)}")
     for message in turn.messages:
         _check_message(message)
     rewards: dict[str, dict[str, float]] = {}
     for agent, components in turn.rewards.items():
-        if agent not in environment.agents:
-            raise SessionFailure(f"reward for agent {agent!r}, who is not one of {', '.join(environment.agents)}")
+        if agent not in roles:
+            raise SessionFailure(f"reward for agent {agent!r}, who is not one of {', '.join(roles)}")
         for component in components:
             if component not in environment.components:
                 declared = ", ".join(environment.components)

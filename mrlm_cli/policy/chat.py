@@ -105,6 +105,11 @@ class Chat:
             text = text[: min(found)] if found else text
         return Message("assistant", text)
 
+    def reply(self, text: str) -> tuple[int, ...]:
+        """The tokens of a reply with this text that came to its end: what `read` reads back."""
+        guard = _guard((Message("assistant", text),))
+        return (*self._encode(self._marked(text, guard), guard), self.end_tokens[0])
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones included, nothing cleaned away."""
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)

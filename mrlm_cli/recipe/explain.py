@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from mrlm_cli import registry
 from mrlm_cli.recipe import json_schema
+from mrlm_cli.recipe.agents import AGENTS
 from mrlm_cli.recipe.schema import MODELS, PLUGINS, Recipe
 from mrlm_cli.strict import Strict
 
@@ -69,8 +70,10 @@ def settings() -> list[Setting]:
 @cache
 def _settings() -> tuple[Setting, ...]:
     found = [_setting(path, None, owner, name, info) for path, owner, name, info in _recipe_fields()]
-    for variant, model in MODELS.items():
-        found += [_setting(path, variant, owner, name, info) for path, owner, name, info in fields(model, "model")]
+    tables: dict[str, dict[str, Any]] = {"model": {**MODELS}, "agents": {**AGENTS}}
+    for section, table in tables.items():
+        for variant, model in table.items():
+            found += [_setting(path, variant, owner, name, info) for path, owner, name, info in fields(model, section)]
     for section in PLUGINS:
         for variant, owner in _built_in(section):
             found += [
@@ -82,7 +85,7 @@ def _settings() -> tuple[Setting, ...]:
 
 def _recipe_fields() -> Iterator[tuple[str, type[Strict], str, FieldInfo]]:
     for path, owner, name, info in fields(Recipe):
-        if path.partition(".")[0] not in ("model", *PLUGINS) or "." not in path:
+        if path.partition(".")[0] not in ("model", "agents", *PLUGINS) or "." not in path:
             yield path, owner, name, info
 
 

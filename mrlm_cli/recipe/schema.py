@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
 
 from mrlm_cli import registry
+from mrlm_cli.recipe.agents import Agent
 from mrlm_cli.recipe.sections import (
     Checkpoint,
     Evaluate,
@@ -72,6 +73,8 @@ class Recipe(Head):
     """The policy and its value function."""
     environments: Annotated[tuple[SerializeAsAny[EnvironmentSettings], ...], Field(min_length=1, strict=False)]
     """What the policy learns from; tasks are shared out by `weight`."""
+    agents: dict[str, Agent] = Field(default_factory=dict)
+    """Who speaks for each role of environments with several; what is not named is the policy that learns."""
     sampling: Sampling = Sampling()
     """What one step draws."""
     algorithm: SerializeAsAny[AlgorithmSettings]

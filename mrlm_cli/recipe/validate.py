@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,17 @@ from pydantic import ValidationError
 
 from mrlm_cli import registry
 from mrlm_cli.errors import UserError
-from mrlm_cli.recipe import explain
+from mrlm_cli.recipe import explain, roles
+from mrlm_cli.recipe.agents import AGENTS
 from mrlm_cli.recipe.problems import Problems, locate, near, sentence, shown, suggestion
 from mrlm_cli.recipe.reading import Mark, Node
 from mrlm_cli.recipe.schema import MODELS, PLUGINS, Head, Recipe
 from mrlm_cli.strict import EngineSettings, EnvironmentSettings, Strict
 
+VARIANTS: dict[str, Mapping[str, type[Strict]]] = {
+    "model": MODELS,
+    "agents": AGENTS,
+}  # whose `type` is of a fixed table
 SCIENCE = ("algorithm", "environments", "data")  # a file with none of these is a fragment
 
 
@@ -30,6 +35,9 @@ def recipe(tree: Node, folders: Sequence[Path]) -> Recipe:
             problems.add(tree.mark, name, "required, and missing")
     head = _head(tree, problems, whole=True)
     problems.raise_if_any()
+    if "agents" in parts:
+        roles.check(mapping(tree)["agents"], parts["agents"], parts["environments"], folders, problems)
+        problems.raise_if_any()
     try:
         return Recipe(**head, **parts)
     except ValidationError as error:
@@ -59,8 +67,8 @@ def mapping(node: Node) -> dict[str, Node]:
 def absolute(tree: Node, folders: Sequence[Path]) -> Node:
     """The tree with every relative path that exists in one of `folders` made absolute; the others as written.
 
-    Paths are `model.path`, `model.value.path`, the files in `./file.py:Class`, and text settings of environments called
-    `path` or ending in `_path`.
+    Paths are `model.path`, `model.value.path`, those of agents, the files in `./file.py:Class`, and text settings of
+    environments called `path` or ending in `_path`.
     """
     for path in list(_paths(tree)):
         tree = _replaced(tree, path, folders)
@@ -72,6 +80,10 @@ def _paths(tree: Node) -> Iterator[tuple[str | int, ...]]:
     yield ("model", "value", "path")
     yield ("algorithm", "type")
     yield ("engine", "type")
+    agents = mapping(tree).get("agents")
+    if agents is not None:
+        for role in mapping(agents):
+            yield from (("agents", role, "path"), ("agents", role, "player"))
     environments = mapping(tree).get("environments")
     if environments is not None and isinstance(environments.value, list):
         for index, item in enumerate(environments.value):
@@ -134,6 +146,8 @@ def _parts(tree: Node, folders: Sequence[Path], problems: Problems) -> dict[str,
             problems.add(node.name_mark, name, f"unknown key{hint}")
         elif name == "environments":
             parts[name] = _environments(node, folders, problems)
+        elif name == "agents":
+            parts[name] = _agents(node, folders, problems)
         else:
             found = _section(name, node, [name], folders, problems)
             if found is not None:
@@ -152,6 +166,14 @@ def _environments(node: Node, folders: Sequence[Path], problems: Problems) -> tu
     return tuple(item for item in found if item is not None)
 
 
+def _agents(node: Node, folders: Sequence[Path], problems: Problems) -> dict[str, Any]:
+    if not isinstance(node.value, dict):
+        problems.add(node.mark, "agents", f"got {shown(node.plain)}; expected a mapping of roles to agents")
+        return {}
+    found = {role: _section("agents", item, ["agents", role], folders, problems) for role, item in node.value.items()}
+    return {role: item for role, item in found.items() if item is not None}
+
+
 def _section(kind: str, node: Node, path: list[str], folders: Sequence[Path], problems: Problems) -> Any:
     """The section's instance, or None after telling `problems` why not."""
     where = ".".join(path)
@@ -163,8 +185,8 @@ def _section(kind: str, node: Node, path: list[str], folders: Sequence[Path], pr
     if kind in PLUGINS:
         owner = _owner(kind, node, where, folders, problems)
         settings = owner and owner.Config
-    elif kind == "model":
-        settings = _model(node, where, problems)
+    elif kind in VARIANTS:
+        settings = _variant(VARIANTS[kind], node, where, problems)
     else:
         annotation: Any = Recipe.model_fields[kind].annotation
         settings = annotation
@@ -208,15 +230,16 @@ def _type(node: Node, where: str, default: str | None, problems: Problems) -> tu
     return given.value, given.mark
 
 
-def _model(node: Node, where: str, problems: Problems) -> type[Strict] | None:
+def _variant(table: Mapping[str, type[Strict]], node: Node, where: str, problems: Problems) -> type[Strict] | None:
+    """The settings class that the section's `type` names among those of the table."""
     named = _type(node, where, None, problems)
     if named is None:
         return None
     name, mark = named
-    if name not in MODELS:
-        hint = near(name, MODELS)
-        problems.add(mark, f"{where}.type", f"got {shown(name)}; expected one of {', '.join(MODELS)}{hint}")
-    return MODELS.get(name)
+    if name not in table:
+        hint = near(name, table)
+        problems.add(mark, f"{where}.type", f"got {shown(name)}; expected one of {', '.join(table)}{hint}")
+    return table.get(name)
 
 
 def _owner(kind: str, node: Node, where: str, folders: Sequence[Path], problems: Problems) -> Any:

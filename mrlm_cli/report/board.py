@@ -143,6 +143,8 @@ def _held_out(state: State) -> Text:
         text.append(f", best {state.best[0]:.2f} at {state.best[1]}")
     if name != "reward":
         text.append(f"  reward {evaluation.reward.mean:.2f}")
+    for finding, value in evaluation.findings.items():
+        text.append(f"  {printable(finding)} {value:.4f}")
     text.append(f"  {evaluation.tasks} tasks", "dim")
     if evaluation.failed:
         text.append(f"  {evaluation.failed} failed", "yellow")

@@ -201,4 +201,5 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
         length=row["length"],
         truncated=row["truncated"],
         seconds=row["seconds"],
+        findings=row.get("findings", {}),
     )

@@ -75,6 +75,7 @@ class PlainLines(Listener):
             said = f"{reward} [{evaluation.reward.low:.2f}, {evaluation.reward.high:.2f}] {tasks}"
         if evaluation.failed:
             said += f", {evaluation.failed} failed and left out"
+        said += "".join(f", {name} {value:.4f}" for name, value in evaluation.findings.items())
         self._write(f"evaluation at step {evaluation.step}: {said}")
 
     def saved(self, step: int, path: Path) -> None:

@@ -50,10 +50,12 @@ def evaluate(
     seed: int,
     step: int,
     checkpoint: str,
+    findings: Mapping[str, float] | None = None,
 ) -> tuple[Evaluation, list[Episode]]:
     """Evaluate the policy that the rollout's engine holds. Raises NothingToJudge if every episode failed.
 
-    Draws depend on the split, not on the step, so that two evaluations of a run differ by the policy alone.
+    `findings` are passed on. Draws depend on the split, not on the step, so that two evaluations of a run differ by the
+    policy alone.
     """
     begun = time.perf_counter()
     tasks = held_out(environments, split, settings.tasks)
@@ -66,6 +68,11 @@ def evaluate(
         by_task.setdefault(f"{one.task.env}/{one.task.id}", []).append(one)
     rewards = {task: _mean([sum(one.rewards) for one in ones]) for task, ones in by_task.items()}
     components = _components(by_task, environments)
+    by_agent: dict[str, list[Episode]] = {}
+    for one in good:
+        environment = environments[one.task.env]
+        if len(environment.roles(environment.config)) > 1:
+            by_agent.setdefault(f"{one.task.env}/{one.agent}", []).append(one)
     labels = list(environments)
     separate = {
         label: {
@@ -84,11 +91,13 @@ def evaluate(
         failed=len(episodes) - len(good),
         reward=interval(list(rewards.values()), "reward", seed),
         components={name: interval(values, name, seed) for name, values in components.items()},
-        pass_at=_pass_at(by_task, settings.episodes_per_task),
+        pass_at=_pass_at(_grouped(good), settings.episodes_per_task),
         length=_mean([len(one.chosen) for one in good]),
         truncated=_mean([one.stop in ("length", "turns") for one in good]),
         seconds=time.perf_counter() - begun,
         environments=separate,
+        agents={agent: _of_agent(ones, environments, seed) for agent, ones in by_agent.items()},
+        findings=findings or {},
     )
     return evaluation, episodes
 
@@ -100,6 +109,22 @@ def component_sums(episode: Episode) -> dict[str, float]:
         if agent == episode.agent:
             sums[component] = sums.get(component, 0.0) + value
     return sums
+
+
+def _grouped(episodes: Sequence[Episode]) -> dict[str, list[Episode]]:
+    """Episodes by (task, agent)."""
+    found: dict[str, list[Episode]] = {}
+    for one in episodes:
+        found.setdefault(one.group, []).append(one)
+    return found
+
+
+def _of_agent(episodes: Sequence[Episode], environments: Mapping[str, Environment], seed: int) -> dict[str, Estimate]:
+    """Reward and components of one agent's episodes."""
+    by_task = _grouped(episodes)
+    rewards = [_mean([sum(one.rewards) for one in ones]) for ones in by_task.values()]
+    named = {"reward": rewards, **_components(by_task, environments)}
+    return {name: interval(values, name, seed) for name, values in named.items()}
 
 
 def _components(
@@ -114,14 +139,14 @@ def _components(
     return found
 
 
-def _pass_at(by_task: Mapping[str, Sequence[Episode]], wanted: int) -> dict[int, float]:
+def _pass_at(groups: Mapping[str, Sequence[Episode]], wanted: int) -> dict[int, float]:
     """Unbiased pass@k, 1 − C(n−c, k)/C(n, k), for k = 1, 2, 4 … n (Chen et al. 2021, "Evaluating large language
-    models trained on code"), over the tasks of which no episode failed."""
+    models trained on code"), over the groups (task, agent) of which no episode failed."""
     if wanted < 2:
         return {}
     counts = [
         sum(component_sums(one).get("exact", 0.0) >= 1 for one in ones)
-        for ones in by_task.values()
+        for ones in groups.values()
         if len(ones) == wanted
     ]
     if not counts:

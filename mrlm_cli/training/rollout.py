@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from mrlm_cli.draws import draw_key, integer
 from mrlm_cli.engines.base import Engine
@@ -13,6 +14,7 @@ from mrlm_cli.errors import SessionFailure
 from mrlm_cli.policy.chat import Chat
 from mrlm_cli.recipe.sections import Sampling
 from mrlm_cli.records import Episode, EpisodeStop, Limits, Reply, Task, Transcript, Turn
+from mrlm_cli.training.agents import Frozen, Other, Script
 from mrlm_cli.training.conversation import Conversation
 
 EXCLUDED = "excluded: "  # a failure that begins so is an episode that never fitted, not a technical failure
@@ -36,11 +38,12 @@ class _Live:
     key: tuple[int | str, ...]  # what every draw in the session is a function of
     task: Task
     sample: int
-    conversations: dict[str, Conversation] = field(default_factory=dict)
+    conversations: dict[str, Conversation | Script] = field(default_factory=dict)
     rewards: list[tuple[str, int, str, float]] = field(default_factory=list)
     facts: dict[str, float] = field(default_factory=dict)
     speaker: str = ""
     stop: EpisodeStop | None = None
+    finished: bool = False  # the environment itself said that it is done
     failure: str | None = None
 
     def end(self, stop: EpisodeStop, failure: str | None = None) -> None:
@@ -56,6 +59,9 @@ class _Cohort:
 class Rollout:
     """Runs sessions to their end and returns their episodes, in the order of (task, sample, agent).
 
+    An agent that is not among `others` is the policy that learns, and its view is an episode; what the others see and
+    say is in the transcript only. A session with two learners makes two episodes.
+
     Sessions in worker processes are cut into two cohorts, so that one decodes while the other's environments think;
     who belongs to which depends on counts only, never on a clock.
     """
@@ -69,6 +75,7 @@ class Rollout:
         *,
         bootstrap: bool,
         phase: Callable[[str, int, int], None],
+        others: Mapping[str, Other] | None = None,
     ) -> None:
         self._host = host
         self._engine = engine
@@ -76,10 +83,15 @@ class Rollout:
         self._sampling = sampling
         self._bootstrap = bootstrap
         self._phase = phase
+        self._others = others or {}
+        self._engines = {id(one.engine): one.engine for one in self._others.values() if isinstance(one, Frozen)}
         self._max_tokens = min(sampling.max_tokens or chat.context, chat.context)
 
     def episodes(self, tasks: Sequence[Task], samples: int, draw: Draw, temperature: float) -> list[Episode]:
-        """`samples` episodes of each task."""
+        """The episodes of `samples` sessions of each task. `temperature` is the learner's."""
+        for one in self._others.values():
+            if isinstance(one, Frozen):
+                one.engine.load(one.policy.lm)  # what it kept of another rollout must not reach this one's bits
         limits = Limits(
             max_new_tokens=self._sampling.max_new_tokens,
             temperature=temperature,
@@ -108,7 +120,9 @@ class Rollout:
             replies = self._advance(cohort, turns, draw, limits)
             over = [one for one in cohort.sessions if one.stop is not None]
             self._host.close([one.name for one in over])
-            self._engine.free([talk.name for one in over for talk in one.conversations.values()])
+            gone = [f"{one.name}/{agent}" for one in over for agent in one.conversations]
+            for engine in (self._engine, *self._engines.values()):
+                engine.free(gone)
             done += len(over)
             cohort.sessions = [one for one in cohort.sessions if one.stop is None]
             if cohort.sessions:
@@ -127,51 +141,82 @@ class Rollout:
         self, cohort: _Cohort, turns: Mapping[str, Turn | SessionFailure], draw: Draw, limits: Limits
     ) -> list[tuple[str, Reply]]:
         """Hear every session's turn, let the policy answer, and return the replies for sessions that go on."""
-        speaking: list[tuple[_Live, Conversation]] = []
+        speaking: list[_Live] = []
         for one in cohort.sessions:
             self._hear(one, turns[one.name])
             if one.stop is None:
-                speaking.append((one, one.conversations[one.speaker]))
-        completions = self._engine.generate([talk.request(limits) for _, talk in speaking]) if speaking else []
+                speaking.append(one)
+        said = self._decoded(speaking, draw, limits)
         replies = []
-        for (one, talk), completion in zip(speaking, completions, strict=True):
-            reply = talk.say(completion, draw.policy_step)
-            if reply.stop == "length" and self._bootstrap:
+        for one in speaking:
+            talk = one.conversations[one.speaker]
+            if isinstance(talk, Script):
+                try:
+                    reply = talk.say()
+                except SessionFailure as failure:
+                    one.end("failed", f"agent {one.speaker}: {failure}")
+                    continue
+            else:
+                reply = said[one.name]
+            if reply.stop == "length" and self._bootstrap and self._learns(one.speaker):
                 one.end("length")  # the same decision would have gone on: the environment is not asked to score it
+                self._await_decisions(one, one.speaker)
             else:
                 replies.append((one.name, reply))
         return replies
+
+    def _decoded(self, speaking: Sequence[_Live], draw: Draw, limits: Limits) -> dict[str, Reply]:
+        """Session → the reply of its speaker, where that is a policy; every engine is asked once."""
+        asked: dict[int, list[tuple[_Live, Conversation, Limits]]] = {}
+        engines = {id(self._engine): self._engine, **self._engines}
+        for one in speaking:
+            talk, other = one.conversations[one.speaker], self._others.get(one.speaker)
+            if isinstance(talk, Conversation):
+                engine, its = (other.engine, other.limits) if isinstance(other, Frozen) else (self._engine, limits)
+                asked.setdefault(id(engine), []).append((one, talk, its))
+        said: dict[str, Reply] = {}
+        for key, group in asked.items():
+            completions = engines[key].generate([talk.request(its) for _, talk, its in group])
+            for (one, talk, _), completion in zip(group, completions, strict=True):
+                said[one.name] = talk.say(completion, draw.policy_step if self._learns(one.speaker) else -1)
+        return said
+
+    def _learns(self, agent: str) -> bool:
+        return agent not in self._others
 
     def _hear(self, one: _Live, turn: Turn | SessionFailure) -> None:
         if isinstance(turn, SessionFailure):
             one.end("failed", str(turn))
             return
         acted = one.conversations.get(one.speaker)
+        # A cut reply of an agent that does not learn is no limit of this policy's: the environment judges it.
+        cut = acted is not None and acted.last_stop == "length" and self._learns(one.speaker)
         self._take_rewards(one, turn)
         one.facts.update(turn.facts)
         talk = self._conversation(one, turn.agent)
-        if turn.done:
-            if turn.truncated and self._bootstrap and turn.agent == one.speaker:
-                talk.hear(turn.messages, turn.tools)  # V is asked at the next decision state
+        out_of_turns = talk.turn >= self._sampling.max_turns
+        if turn.done or cut or out_of_turns:
+            one.end("length" if cut else "turns" if turn.truncated or not turn.done else "done")
+            one.finished = turn.done
+            if self._bootstrap and one.stop == "turns" and acted is not None:
+                talk.hear(turn.messages, turn.tools)
+                self._await_decisions(one, turn.agent)
             else:
                 talk.view.extend(turn.messages)
-            cut = acted is not None and acted.last_stop == "length"
-            one.end("length" if cut else "turns" if turn.truncated else "done")
-        elif acted is not None and acted.last_stop == "length":
-            talk.view.extend(turn.messages)
-            one.end("length")
-        elif talk.turn >= self._sampling.max_turns:
-            if self._bootstrap:
-                talk.hear(turn.messages, turn.tools)  # V is asked at the next decision state
-            else:
-                talk.view.extend(turn.messages)
-            one.end("turns")
         elif not talk.hear(turn.messages, turn.tools):
             if talk.turn == 0:
-                one.end("failed", f"{EXCLUDED}the prompt leaves no room in {self._max_tokens} tokens")
+                one.end(
+                    "failed", f"{EXCLUDED}the prompt of {turn.agent} leaves no room in {self._room(turn.agent)} tokens"
+                )
             else:
                 one.end("length")
         one.speaker = turn.agent
+
+    def _await_decisions(self, one: _Live, known: str) -> None:
+        """Bring every learner but `known` from its reply to the header of its next, for V is asked at a decision."""
+        for agent, talk in one.conversations.items():
+            if agent != known and talk.turn and self._learns(agent):
+                talk.hear((), ())
 
     def _take_rewards(self, one: _Live, turn: Turn) -> None:
         environment = self._host.environments[one.task.env]
@@ -182,11 +227,23 @@ class Rollout:
                 one.rewards.append((agent, max(0, talk.turn - 1), component, float(value)))
             talk.reward(sum(weights[component] * value for component, value in components.items()))
 
-    def _conversation(self, one: _Live, agent: str) -> Conversation:
+    def _conversation(self, one: _Live, agent: str) -> Conversation | Script:
         if agent not in one.conversations:
-            key = draw_key("reply", *one.key, agent)
-            one.conversations[agent] = Conversation(self._chat, f"{one.name}/{agent}", key, self._max_tokens)
+            other = self._others.get(agent)
+            if other is None or isinstance(other, Frozen):
+                chat = self._chat if other is None else other.chat
+                key = draw_key("reply", *one.key, agent)
+                one.conversations[agent] = Conversation(chat, f"{one.name}/{agent}", key, self._room(agent))
+            else:
+                environment, seed = self._host.environments[one.task.env], integer(2**63, "player", *one.key, agent)
+                make = partial(other.player, environment, one.task, agent, seed)
+                one.conversations[agent] = Script(make)
         return one.conversations[agent]
+
+    def _room(self, agent: str) -> int:
+        """Tokens that the agent's view may hold."""
+        other = self._others.get(agent)
+        return other.chat.context if isinstance(other, Frozen) else self._max_tokens
 
     def _episodes(self, one: _Live) -> list[Episode]:
         assert one.stop is not None
@@ -199,10 +256,14 @@ class Rollout:
             stop=one.stop,
             failure=one.failure,
         )
-        agents = self._host.environments[one.task.env].agents
-        talks = {agent: one.conversations.get(agent) for agent in agents if agent in one.conversations} or {
-            agents[0]: None
-        }
+        environment = self._host.environments[one.task.env]
+        learners = [agent for agent in environment.roles(environment.config) if self._learns(agent)]
+        spoke = [agent for agent in learners if agent in one.conversations and one.conversations[agent].turn]
+        talks: dict[str, Conversation | None] = {}
+        # A failure is every learner's; a session in which no learner spoke still counts, as an episode of the first.
+        for agent in learners if one.stop == "failed" else spoke or learners[:1]:
+            talk = one.conversations.get(agent)
+            talks[agent] = talk if isinstance(talk, Conversation) else None
         return [
             Episode(
                 id=f"{one.name}/{agent}",
@@ -216,9 +277,14 @@ class Rollout:
                 logprobs=tuple(talk.logprobs) if talk else (),
                 rewards=tuple(talk.rewards) if talk else (),
                 transcript=transcript,
-                stop=one.stop,
+                # The reply that was cut is its speaker's; where that ended the session, the others came to its end.
+                stop="done" if one.stop == "length" and one.finished and not _was_cut(talk) else one.stop,
                 ended=talk is not None and talk.last_stop in ("end", "string"),
                 failure=one.failure,
             )
             for agent, talk in talks.items()
         ]
+
+
+def _was_cut(talk: Conversation | None) -> bool:
+    return talk is not None and talk.last_stop == "length"

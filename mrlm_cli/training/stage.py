@@ -13,6 +13,9 @@ from mrlm_cli.envs.host import Host, Journal
 from mrlm_cli.errors import UserError
 from mrlm_cli.policy import load
 from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.recipe.sections import ModelSection
+from mrlm_cli.training import agents, questions
+from mrlm_cli.training.agents import Frozen
 from mrlm_cli.training.machine import default_threads
 from mrlm_cli.training.rollout import Rollout
 
@@ -34,7 +37,10 @@ def settled(recipe: Recipe) -> Recipe:
 
 
 class Stage:
-    """Built from a settled recipe. A context manager: leaving it ends the environments' worker processes."""
+    """Built from a settled recipe. A context manager: leaving it ends the environments' worker processes.
+
+    `start` is the model from which the run started, by default the recipe's own; a frozen agent may be that one.
+    """
 
     def __init__(
         self,
@@ -45,11 +51,13 @@ class Stage:
         check: Callable[[], None],
         phase: Callable[[str, int, int], None],
         values: bool = True,
+        start: ModelSection | None = None,
     ) -> None:
         hardware = recipe.hardware
         assert hardware.threads is not None
         torch.set_num_threads(hardware.threads)
         self._sampling = recipe.sampling
+        self._budget = recipe.optimizer.tokens_per_micro_batch
         self._phase = phase
         self.policy, self.chat = load.build(
             recipe.model,
@@ -62,6 +70,9 @@ class Stage:
         self.engine: Engine = registry.resolve("engines", recipe.engine.type, folders)(
             recipe.engine, decode=self.chat.decode, precision=hardware.precision, check=check
         )
+
+        self._others = agents.others(recipe, start or recipe.model, folders, check)
+        self.frozen = {role: one.policy for role, one in self._others.items() if isinstance(one, Frozen)}
 
         def watched() -> None:
             check()
@@ -80,7 +91,22 @@ class Stage:
 
     def rollout(self, *, bootstrap: bool) -> Rollout:
         """Episodes by this policy; with `bootstrap`, a cut reply is left unscored."""
-        return Rollout(self.host, self.engine, self.chat, self._sampling, bootstrap=bootstrap, phase=self._phase)
+        return Rollout(
+            self.host,
+            self.engine,
+            self.chat,
+            self._sampling,
+            bootstrap=bootstrap,
+            phase=self._phase,
+            others=self._others,
+        )
+
+    def findings(self) -> dict[str, float]:
+        """What the environments find out about the policy by asking it, at the sampling temperature of training."""
+        temperature = self._sampling.temperature
+        return questions.findings(
+            self.environments, self.policy, self.chat, temperature=temperature, budget=self._budget
+        )
 
     def __enter__(self) -> Stage:
         return self

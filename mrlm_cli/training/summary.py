@@ -31,8 +31,12 @@ def episode_metrics(episodes: Sequence[Episode], environments: Mapping[str, Envi
         sums.add("length", len(one.chosen))
         sums.add("turns", sum(span.kind == "chosen" for span in one.spans))
         received = component_sums(one)
-        for name in environments[one.task.env].components:
+        environment = environments[one.task.env]
+        several = len(environment.roles(environment.config)) > 1
+        for name in environment.components:
             sums.add(f"reward/{one.task.env}/{name}", received.get(name, 0.0))
+            if several:
+                sums.add(f"reward/{one.task.env}/{one.agent}/{name}", received.get(name, 0.0))
         for name, value in one.transcript.facts.items():
             sums.add(f"fact/{one.task.env}/{name}", value)
     return sums

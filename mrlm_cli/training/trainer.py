@@ -49,7 +49,9 @@ class Trainer:
         # The policy as loaded, before a resume puts later weights in: KL at step 0 is 0.
         self.reference: Policy | None = load.reference(self.policy) if self.algorithm.needs.reference else None
         self._reference_sha256 = _fingerprint(self.reference) if self.reference is not None else None
+        self._frozen_sha256 = {role: _fingerprint(policy) for role, policy in stage.frozen.items()}
         self._judged = stage.rollout(bootstrap=False)
+        self._findings = stage.findings
         self.source = RolloutSource(
             stage.rollout(bootstrap=self.algorithm.bootstrap), self.environments, recipe.sampling, recipe.seed
         )
@@ -89,6 +91,7 @@ class Trainer:
                 seed=self.recipe.seed,
                 step=self.step,
                 checkpoint=str(self.run.path),
+                findings=self._findings(),
             )
         except NothingToJudge as error:
             self.announce.warned(f"evaluation at step {self.step}: {error}")
@@ -127,6 +130,10 @@ class Trainer:
             raise CheckpointError(
                 f"{directory}: the model from which the run started has changed since; its KL would be another"
             )
+        if state["frozen_sha256"] != self._frozen_sha256:
+            raise CheckpointError(
+                f"{directory}: the model of a frozen agent has changed since; episodes would be others"
+            )
         load.load_weights(self.policy, directory)
         self._adam.load(directory / "optimizer.safetensors")
         self.step = int(state["step"])
@@ -147,6 +154,7 @@ class Trainer:
             "source": self.source.state(),
             "refused_in_a_row": self.updater.refused_in_a_row,
             "reference_sha256": self._reference_sha256,
+            "frozen_sha256": self._frozen_sha256,
         }
 
     def _refused(self, error: Refused) -> None:

@@ -1,0 +1,130 @@
+"""Who speaks for the roles that do not learn: frozen policies with an engine of their own, and scripted players."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mrlm_cli import registry
+from mrlm_cli.engines.base import Engine
+from mrlm_cli.envs.base import Environment, Player
+from mrlm_cli.envs.wire import describe_exception
+from mrlm_cli.errors import SessionFailure
+from mrlm_cli.policy import load
+from mrlm_cli.policy.chat import Chat
+from mrlm_cli.policy.model import Policy
+from mrlm_cli.recipe import agents
+from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.recipe.sections import ModelSection, PretrainedModel
+from mrlm_cli.records import Limits, Message, Reply, ReplyStop, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A policy that never moves. Roles of the same model share policy and engine."""
+
+    policy: Policy
+    engine: Engine
+    chat: Chat
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Scripted:
+    """A program, one new player for each session."""
+
+    name: str
+    folders: tuple[Path, ...]
+
+    def player(self, environment: Environment, task: Task, agent: str, seed: int) -> Player:
+        """The environment's own player of this name, else a new object of the class that it names."""
+        if self.name in environment.players:
+            return environment.player(self.name, task, agent, seed)
+        made: Player = registry.resolve("players", self.name, self.folders)(task, agent, seed)
+        return made
+
+
+Other = Frozen | Scripted
+
+
+class Script:
+    """A scripted agent's view of one session: what a Conversation is for a policy, without tokens."""
+
+    def __init__(self, make: Callable[[], Player]) -> None:
+        self.view: list[Message] = []
+        self.turn = 0  # replies given so far
+        self.last_stop: ReplyStop | None = None
+        self._make = make
+        self._player: Player | None = None
+
+    def hear(self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]]) -> bool:
+        """Take in what the agent sees before it speaks; there is always room."""
+        self.view.extend(messages)
+        return True
+
+    def reward(self, value: float) -> None:
+        """The transcript keeps it; nobody learns from it."""
+
+    def say(self) -> Reply:
+        """The player's reply. Raises SessionFailure for whatever the player does wrong."""
+        try:
+            if self._player is None:
+                self._player = self._make()
+            text = self._player.reply(tuple(self.view))
+        except Exception as error:  # a border: a user's player may raise anything
+            raise SessionFailure(f"the scripted player fails: {describe_exception(error)}") from error
+        if not isinstance(text, str):
+            raise SessionFailure(f"a scripted player must reply with a string, not {type(text).__name__}")
+        message = Message("assistant", text)
+        self.view.append(message)
+        self.turn += 1
+        self.last_stop = "end"
+        return Reply(message, "end")
+
+
+def others(recipe: Recipe, start: ModelSection, folders: Sequence[Path], check: Callable[[], None]) -> dict[str, Other]:
+    """Role → who speaks for it, of a settled recipe, for the roles that do not learn.
+
+    `start` is the model from which the run started: a frozen agent without a path is that policy, made anew, so that it
+    is the same when a checkpoint is evaluated. Raises what `load.build` raises.
+    """
+    found: dict[str, Other] = {}
+    built: dict[str | None, tuple[Policy, Chat, Engine]] = {}
+    for role, agent in recipe.agents.items():
+        if isinstance(agent, agents.Scripted):
+            found[role] = Scripted(agent.player, tuple(folders))
+        elif isinstance(agent, agents.Frozen):
+            if agent.path not in built:
+                built[agent.path] = _build(agent, recipe, start, folders, check)
+            policy, chat, engine = built[agent.path]
+            section = agent.chat or start.chat
+            chat = Chat(chat.tokenizer, section, vocabulary=chat.vocabulary, context=chat.context)
+            sampling = recipe.sampling
+            limits = Limits(
+                max_new_tokens=agent.max_new_tokens or sampling.max_new_tokens,
+                temperature=sampling.temperature if agent.temperature is None else agent.temperature,
+                end_tokens=chat.end_tokens,
+                stop_strings=agent.stop,
+            )
+            found[role] = Frozen(policy, engine, chat, limits)
+    return found
+
+
+def _build(
+    agent: agents.Frozen, recipe: Recipe, start: ModelSection, folders: Sequence[Path], check: Callable[[], None]
+) -> tuple[Policy, Chat, Engine]:
+    chat = agent.chat or start.chat
+    model = start if agent.path is None else PretrainedModel(type="pretrained", path=agent.path, chat=chat)
+    policy, door = load.build(
+        model,
+        seed=recipe.seed,
+        device=recipe.hardware.device,
+        precision=recipe.hardware.precision,
+        gradient_checkpointing=False,
+        values=False,
+    )
+    engine: Engine = registry.resolve("engines", recipe.engine.type, folders)(
+        recipe.engine, decode=door.decode, precision=recipe.hardware.precision, check=check
+    )
+    return policy.requires_grad_(False), door, engine
