@@ -29,6 +29,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "kuhn": "mrlm_cli.envs.kuhn:Kuhn",
         "sentiment": "mrlm_cli.envs.sentiment:Sentiment",
         "math": "mrlm_cli.envs.math:Math",
+        "reasoning": "mrlm_cli.envs.reasoning:Reasoning",
     },
     "algorithms": {
         "ppo": "mrlm_cli.algorithms.ppo:PPO",

@@ -111,6 +111,7 @@ RUNS: list[dict[str, Any]] = [
             {"type": "guess", "weight": 8.0},
             {"type": "sentiment"},
             {"type": "math"},
+            {"type": "reasoning", "tasks": {"chain_sum": 1.0}},
             {"type": "sort_digits", "digits": 3, "name": "sort"},
         ],
         "steps": 3,
@@ -150,6 +151,7 @@ def test_every_field_is_read(tmp_path: Path, reads: set[tuple[str, str]]) -> Non
         ("arithmetic", "form", {}),
         ("sentiment", "instruction", {}),
         ("math", "levels", {}),
+        ("reasoning", "settings", {"tasks": {"chain_sum": 1.0}}),
         ("math", "test_path", {"path": str(problems)}),
     ):
         environment = registry.resolve("environments", kind)

@@ -16,6 +16,7 @@ EXTRAS = {
     "gguf": ("gguf", "accelerate"),
     "sentiment": ("vaderSentiment",),
     "math": ("math_verify",),
+    "reasoning": ("reasoning_gym",),
     "parquet": ("pyarrow",),
 }
 

@@ -30,8 +30,9 @@ _DROPPED = ("\\left", "\\right", "\\,", "\\!", "\\;", "\\ ", "\\$", "$", "\\%", 
 _OPERATIONS = re.compile(r"[+*^]|.-|\\times|\\cdot|\\div|[0-9)]\s*\(")
 
 
-def extract(text: str, form: Form) -> str | None:
-    """The last answer that stands in the form, without surrounding blanks; None if there is none, or a huge one."""
+def extract(text: str, form: Form, longest: int = LONGEST) -> str | None:
+    """The last answer that stands in the form, without surrounding blanks; None if there is none, or one of more than
+    `longest` characters."""
     text = text[-LAST:]
     if form == "boxed":
         found = _boxed(text)
@@ -42,7 +43,7 @@ def extract(text: str, form: Form) -> str | None:
         numbers = _NUMBER.findall(text)
         found = numbers[-1] if numbers else None
     found = found.strip() if found is not None else None
-    return found if found and len(found) <= LONGEST else None
+    return found if found and len(found) <= longest else None
 
 
 def anywhere(text: str, first: Form) -> str | None:

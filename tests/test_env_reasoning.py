@@ -1,0 +1,137 @@
+"""The reasoning environment: every usable task of reasoning-gym, its traps, its splits."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from mrlm_cli.envs import reasoning
+from mrlm_cli.envs.conformance import SPLITS, problems
+from mrlm_cli.envs.reasoning import UNUSABLE, Reasoning, split_of
+from mrlm_cli.errors import MissingExtra, SessionFailure, UserError
+from mrlm_cli.records import Message, Reply
+
+pytest.importorskip("reasoning_gym")
+from reasoning_gym.factory import DATASETS
+
+USABLE = sorted(set(DATASETS) - set(UNUSABLE))
+
+
+def make(tasks, **fields) -> Reasoning:
+    tasks = tasks if isinstance(tasks, dict) else {tasks: 1.0}
+    return Reasoning(Reasoning.Config.model_validate_json(json.dumps({"type": "reasoning", "tasks": tasks, **fields})))
+
+
+def paid(environment, task, text: str, stop: str = "end") -> dict[str, float]:
+    session = environment.open(task, 0)
+    session.start()
+    return dict(session.step(Reply(Message("assistant", text), stop)).rewards["policy"])
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_every_usable_task_pays_its_own_answer_and_no_junk(name):
+    environment = make(name)
+    task = environment.task("validation", 3)
+    assert split_of(task.data["question"]) == "validation"
+    assert Reasoning(environment.config).task("validation", 3) == task
+    assert paid(environment, task, environment.oracle(task)) == {"score": 1, "format": 1, "exact": 1}
+    assert paid(environment, task, environment.oracle(task), "length")["exact"] == 0
+    for text in ("", "lorem ipsum dolor sit amet", "None", "\0"):
+        assert paid(environment, task, f"<answer>{text}</answer>")["score"] == 0, text
+
+
+@pytest.mark.parametrize("name", sorted(UNUSABLE))
+def test_a_broken_task_is_refused_with_the_reason(name):
+    with pytest.raises(ValueError, match=f"the task {name} cannot be used: {UNUSABLE[name][:20]}"):
+        make(name)
+
+
+def test_the_reasons_for_refusing_are_true():
+    """Where a later reasoning-gym mends a task, this says so."""
+    from reasoning_gym import create_dataset
+
+    for name in (name for name, why in UNUSABLE.items() if why.startswith("its scorer does not")):
+        dataset = create_dataset(name, seed=1, size=1)
+        entry = dataset[0]
+        assert dataset.score_answer(entry["answer"], entry) < 1, name
+    dataset = create_dataset("game_of_life_halting", seed=1, size=1)
+    assert dataset.score_answer("lorem ipsum", dataset[0]) == 1
+
+
+def test_conformance_of_a_mixture_with_parameters():
+    tasks = {"chain_sum": 3, "countdown": 1, "leg_counting": 1}
+    assert problems(make(tasks, settings={"chain_sum": {"max_terms": 3}}, form="bare"), tasks=30) == []
+    environment = make(tasks)
+    drawn = Counter(environment.task("train", i).data["task"] for i in range(400))
+    assert 200 <= drawn["chain_sum"] <= 280
+    assert min(drawn["countdown"], drawn["leg_counting"]) >= 50
+
+
+def test_splits_share_no_question_even_of_a_small_task():
+    environment = make("coin_flip")
+    seen = {split: {environment.canonical(environment.task(split, i)) for i in range(150)} for split in SPLITS}
+    assert sum(map(len, seen.values())) == len(set().union(*seen.values()))
+    blocks = {split: {environment.task(split, i).data["block"] for i in range(150)} for split in SPLITS}
+    assert sum(map(len, blocks.values())) == len(set().union(*blocks.values())) == 450
+
+
+class Scorer:
+    """A task with a scorer that answers as it is told."""
+
+    def __init__(self, score):
+        self.score = score
+
+    def score_answer(self, answer, entry):
+        if answer in reasoning.JUNK:
+            return 0.3
+        return self.score() if callable(self.score) else self.score
+
+
+def boom():
+    raise KeyError("x")
+
+
+@pytest.mark.parametrize(("score", "worth"), [(1.0, 1), (True, 1), (0.5, 0.5), (0.3, 0), (0.05, 0), (0, 0), (boom, 0)])
+def test_what_a_scorer_says_is_worth(score, worth):
+    got = make("chain_sum")._rewards("x", Scorer(score), {}, Reply(Message("assistant", "<answer>7</answer>"), "end"))
+    assert got == {"score": worth, "format": 1, "exact": float(worth == 1)}
+
+
+@pytest.mark.parametrize("score", [None, float("nan"), 1.5, -0.1, "1", float("inf")])
+def test_a_scorer_that_says_no_score_fails_the_session(score):
+    with pytest.raises(SessionFailure, match="the scorer of x gave"):
+        make("chain_sum")._rewards("x", Scorer(score), {}, Reply(Message("assistant", "<answer>7</answer>"), "end"))
+
+
+def test_the_form_decides_where_the_answer_stands():
+    tagged, bare = make("chain_sum"), make("chain_sum", form="bare")
+    task = tagged.task("test", 0)
+    answer = task.data["answer"]
+    assert paid(tagged, task, answer) == {"score": 0, "format": 0, "exact": 0}
+    assert paid(bare, task, answer) == {"score": 1, "format": 1, "exact": 1}
+    assert paid(bare, task, f"<answer>{answer}</answer>") == {"score": 1, "format": 0, "exact": 0}
+
+
+def test_a_generator_that_changes_its_mind_fails_the_session():
+    environment = make("chain_sum")
+    task = environment.task("test", 0)
+    changed = type(task)(task.id, task.env, task.split, task.index, {**task.data, "question": "another"})
+    with pytest.raises(SessionFailure, match="another question"):
+        environment.open(changed, 0)
+
+
+def test_wrong_names_and_parameters_are_told():
+    with pytest.raises(UserError, match="did you mean chain_sum"):
+        make("chain_sums")
+    with pytest.raises(UserError, match="refuses the settings of chain_sum"):
+        make("chain_sum", settings={"chain_sum": {"terms": 3}})
+    with pytest.raises(ValueError, match="decided by the split"):
+        make("chain_sum", settings={"chain_sum": {"seed": 3}})
+    with pytest.raises(ValueError, match="not among tasks"):
+        make("chain_sum", settings={"lcm": {}})
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "reasoning_gym.factory", None)
+    with pytest.raises(MissingExtra, match=r"mrlm\[reasoning\]"):
+        make("chain_sum")
