@@ -21,6 +21,8 @@ from mrlm_cli.recipe.compose import Composed
 from mrlm_cli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    from mrlm_cli.envs.play import Person, Played
+    from mrlm_cli.records import Split
     from mrlm_cli.training.rundir import RunDirectory
 
 RESUMABLE = ("steps", "evaluate", "checkpoint", "report")  # what a resume may change: nothing of the past depends on it
@@ -164,6 +166,50 @@ def evaluate(
             evaluation.step, {**asdict(evaluation), "episodes": stored(episodes, loaded.report.episodes)}
         )
     return evaluation
+
+
+def evaluate_script(policy: str, recipe: str, overrides: Sequence[str] = ()) -> Evaluation:
+    """Evaluate a policy without a model, `scripted:oracle` or `scripted:random`, on a recipe's test split.
+
+    A test of the environments: the first must be exactly right, the second at the level of chance. Raises UserError.
+    """
+    from mrlm_cli.envs.host import Host, NoJournal
+    from mrlm_cli.envs.scripted import script
+    from mrlm_cli.training.evaluate import evaluate as judge
+    from mrlm_cli.training.scripted import ScriptedRollout
+
+    chosen = script(policy)
+    composed = compose.load(recipe, overrides)
+    loaded = composed.recipe
+    hardware = loaded.hardware
+    with Host(
+        loaded.environments,
+        folders=composed.folders,
+        workers=hardware.worker_processes,
+        deadline=hardware.deadline,
+        journal=NoJournal(),
+    ) as host:
+        rollout = ScriptedRollout(
+            host, chosen, max_turns=loaded.sampling.max_turns, phase=lambda name, done, total: None
+        )
+        evaluation, _ = judge(
+            rollout, host.environments, loaded.evaluate, split="test", seed=loaded.seed, step=0, checkpoint=policy
+        )
+    return evaluation
+
+
+def play(environment: str, settings: Sequence[str], *, split: Split, index: int, seed: int, person: Person) -> Played:
+    """One session of an environment with a person as the policy. Raises UserError, SessionFailure."""
+    from mrlm_cli.envs.host import Host, NoJournal
+    from mrlm_cli.envs.play import play as session
+
+    config, folders = compose.environment(environment, settings)
+    with Host([config], folders=folders, workers=1, deadline=60.0, journal=NoJournal()) as host:
+        made = host.environments[config.label]
+        size = made.size(split)
+        if size is not None and index >= size:
+            raise UserError(f"--task {index}: {config.label} has {size} {split} tasks, from 0 to {size - 1}")
+        return session(host, made.task(split, index), seed, person)
 
 
 def _run(

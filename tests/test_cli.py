@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mrlm_cli import api
+from mrlm_cli.cli import plan
 from mrlm_cli.cli.app import app, main
 from mrlm_cli.errors import Interrupted, MrlmError, NonFiniteError, RunDirectoryError
 from mrlm_cli.events import Estimate, Evaluation
@@ -341,7 +342,7 @@ def test_info_is_complete(run: Run) -> None:
     facts = json.loads(run("info", "--json")[1])
     assert facts["cpus"] >= 1
     assert facts["memory_mib"] > 100
-    assert set(facts["extras"]) == {"gguf", "sentiment"}
+    assert set(facts["extras"]) == set(plan.EXTRAS)
     assert Path(facts["recipes"]).is_dir()
     assert "python" in run("info")[1]
 

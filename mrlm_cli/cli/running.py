@@ -20,6 +20,7 @@ from mrlm_cli.cli.arguments import (
     words,
 )
 from mrlm_cli.errors import UserError
+from mrlm_cli.events import Evaluation
 
 _PANEL = "Train and evaluate"
 _Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of the live view.")]
@@ -76,19 +77,49 @@ def resume(
 
 def evaluate(
     context: typer.Context,
-    target: Annotated[str, typer.Argument(help="A run, a checkpoint, a model's directory or a hub id.")],
+    target: Annotated[
+        str | None,
+        typer.Argument(help="A run, a checkpoint, a model's directory or a hub id.", show_default=False),
+    ] = None,
     overrides: Overrides = None,
     recipe: Whose = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            "--policy",
+            metavar="POLICY",
+            help="Instead of a target: scripted:oracle (must be exact) or scripted:random.",
+        ),
+    ] = None,
     best: Annotated[bool, typer.Option("--best", help="The run's best checkpoint instead of its latest.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate on held-out test tasks."""
-    place, *settings = words(context, [target, *(overrides or ())])
+    given = words(context, [target, *(overrides or ())])
+    if policy is not None:
+        _show(_scripted(policy, recipe, given, best), as_json)
+        return
+    if not given or is_override(given[0]):
+        raise UserError("expected what to evaluate: mrlm eval TARGET, or mrlm eval --policy scripted:oracle --recipe R")
+    place, *settings = given
     if any(not is_override(word) for word in settings):
         raise UserError(f"one target at a time; and the recipe is an option here: mrlm eval {place} --recipe RECIPE")
     from mrlm_cli import api
 
-    evaluation = api.evaluate(place, recipe=recipe, overrides=settings, best=best)
+    _show(api.evaluate(place, recipe=recipe, overrides=settings, best=best), as_json)
+
+
+def _scripted(policy: str, recipe: str | None, given: list[str], best: bool) -> Evaluation:
+    if recipe is None or best or not all(is_override(word) for word in given):
+        raise UserError(
+            f"a scripted policy has no checkpoint: mrlm eval --policy {policy} --recipe RECIPE [key=value …]"
+        )
+    from mrlm_cli import api
+
+    return api.evaluate_script(policy, recipe, given)
+
+
+def _show(evaluation: Evaluation, as_json: bool) -> None:
     if as_json:
         print_json(evaluation.to_json())
         return

@@ -22,6 +22,7 @@ from mrlm_cli.recipe import explain, validate
 from mrlm_cli.recipe.problems import suggestion
 from mrlm_cli.recipe.reading import LONGEST, Mark, Node, decode, plain_scalar, read
 from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.strict import EnvironmentSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,16 @@ def check(recipe: str | Path, overrides: Sequence[str] = (), overlay: str | Path
         return Checked(path, True, validate.fragment(validate.absolute(tree, folders), folders))
     composed = _finish(tree, path, ())
     return Checked(path, False, {name: getattr(composed.recipe, name) for name in Recipe.model_fields})
+
+
+def environment(name: str, settings: Sequence[str]) -> tuple[EnvironmentSettings, tuple[Path, ...]]:
+    """One environment by name with its settings as key=value, and where its file is looked up. Raises RecipeError."""
+    folders = (Path.cwd(),)
+    tree = read(as_yaml({"environments": [{"type": name}]}), name)
+    for one in settings:
+        tree = _override(tree, f"environments.0.{one}")
+    found: EnvironmentSettings = validate.fragment(validate.absolute(tree, folders), folders)["environments"][0]
+    return found, folders
 
 
 def dump(recipe: Recipe) -> str:

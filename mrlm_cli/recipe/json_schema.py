@@ -93,6 +93,7 @@ def _words(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     if kind == "object":
         if "properties" in schema:
             return f"settings {', '.join(schema['properties'])}"
-        return f"mapping of names to {_words(schema.get('additionalProperties', {}), definitions)}"
+        values = schema.get("additionalProperties", {})  # True where anything may stand
+        return f"mapping of names to {_words({} if values is True else values, definitions)}"
     bounds = [text.format(schema[bound]) for bound, text in _BOUNDS.items() if bound in schema]
     return f"{_TYPES.get(kind, 'any value')} {', '.join(bounds)}".rstrip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from math import comb
+from typing import Protocol
 
 import numpy as np
 
@@ -13,8 +14,8 @@ from mrlm_cli.envs.base import Environment
 from mrlm_cli.errors import MrlmError
 from mrlm_cli.events import Estimate, Evaluation
 from mrlm_cli.recipe.sections import Evaluate
-from mrlm_cli.records import Episode, Split
-from mrlm_cli.training.rollout import Draw, Rollout
+from mrlm_cli.records import Episode, Split, Task
+from mrlm_cli.training.rollout import Draw
 from mrlm_cli.training.source import held_out
 
 RESAMPLES = 2000
@@ -41,8 +42,15 @@ class NothingToJudge(MrlmError):
     """Every held-out episode failed."""
 
 
+class Plays(Protocol):
+    """What makes episodes of tasks: a policy's Rollout, or a scripted one."""
+
+    def episodes(self, tasks: Sequence[Task], samples: int, draw: Draw, temperature: float) -> list[Episode]:
+        """`samples` episodes of each task."""
+
+
 def evaluate(
-    rollout: Rollout,
+    rollout: Plays,
     environments: Mapping[str, Environment],
     settings: Evaluate,
     *,
