@@ -90,6 +90,22 @@ METRICS: dict[str, Metric] = _table(
         "episodes", "Episodes trained on.", "count", "tasks_per_step × episodes_per_task, for each agent that learns"
     ),
     Metric(
+        "sampled_tokens",
+        "Chosen tokens of all episodes sampled, filtered groups included.",
+        "count",
+        "the cost of a step",
+    ),
+    Metric("groups", "Groups (a task's episodes for one agent) trained on.", "count", "the recipe's tasks_per_step"),
+    Metric(
+        "filtered_groups",
+        "Groups that the algorithm left out, such as those whose rewards are all equal.",
+        "count",
+        "well below groups; if not, the tasks are too easy or too hard",
+    ),
+    Metric(
+        "refilled_groups", "Groups sampled in place of filtered ones, kept or not.", "count", "as many as were filtered"
+    ),
+    Metric(
         "failed_rate",
         "Share of episodes that failed for a technical reason; excluded, never scored as wrong.",
         "failed / all",
@@ -170,6 +186,19 @@ METRICS: dict[str, Metric] = _table(
     Metric("value_bias", "Mean error of the values.", "mean(V − R)", "near 0"),
     Metric("return", "Mean return at the chosen tokens.", "mean R", "rises with the reward"),
     Metric("advantage_std", "Spread of the advantages before whitening.", "std over chosen tokens", "above 0"),
+    Metric(
+        "flat_rate",
+        "Share of episodes whose siblings all have the same score: they teach nothing.",
+        "mean over episodes with siblings[std of the group's scores < 1e-6]",
+        "well below 1",
+    ),
+    Metric(
+        "lone_episodes",
+        "Episodes with advantage 0 because a baseline has nobody to compare them with.",
+        "count",
+        "0; as many as lost their siblings by failures",
+    ),
+    Metric("overlong_penalty", "Mean penalty of long episodes.", "mean over episodes", "falls towards 0"),
     Metric("advantage_centred", "1 if the advantages had no spread and were only centred.", "[std < 1e-6]", "0"),
     Metric(
         "kl",
@@ -177,6 +206,7 @@ METRICS: dict[str, Metric] = _table(
         "mean over episodes of Σ_t (log π − log π_ref)",
         "grows slowly; some nats are the price of a new format",
     ),
+    Metric("reference_synced", "1 if the reference moved towards the policy after this step.", "flag", "as set"),
     Metric("kl_coef", "KL coefficient in force.", "β", "as set, or adapting to the target"),
     Metric("kl_loss", "KL penalty in the loss, before its coefficient.", "Σ k / Σ mass", "small"),
     Metric(
@@ -188,8 +218,14 @@ METRICS: dict[str, Metric] = _table(
     Metric(
         "importance_weight",
         "Mean importance weight from sampler to trainer.",
-        "mean min(C, exp(log π_old − log π_sampler))",
+        "mean of bounded exp(log π_old − log π_sampler)",
         "near 1",
+    ),
+    Metric(
+        "importance_bounded",
+        "Share of chosen tokens whose importance weight was truncated or masked.",
+        "mean[weight outside its bounds]",
+        "near 0",
     ),
     Metric(
         "grad_norm",

@@ -111,6 +111,8 @@ class Episode:
     stop: EpisodeStop
     ended: bool  # the last reply came to its end token or a stop string
     failure: str | None = None
+    attempt: int = 0  # the refill of the step in which it was sampled; 0 is the step's first sampling
+    left_out: str | None = None  # why the algorithm does not train on its group; None if it may
 
     @property
     def chosen(self) -> list[int]:

@@ -33,6 +33,15 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "algorithms": {
         "ppo": "mrlm_cli.algorithms.ppo:PPO",
+        "group": "mrlm_cli.algorithms.group:Group",
+        "grpo": "mrlm_cli.algorithms.group:GRPO",
+        "dr_grpo": "mrlm_cli.algorithms.group:DrGRPO",
+        "dapo": "mrlm_cli.algorithms.group:DAPO",
+        "gspo": "mrlm_cli.algorithms.group:GSPO",
+        "cispo": "mrlm_cli.algorithms.group:CISPO",
+        "rloo": "mrlm_cli.algorithms.group:RLOO",
+        "reinforce++": "mrlm_cli.algorithms.group:ReinforcePlusPlus",
+        "reinforce++_baseline": "mrlm_cli.algorithms.group:ReinforcePlusPlusBaseline",
     },
     "players": {},
     "engines": {

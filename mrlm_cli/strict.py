@@ -54,6 +54,11 @@ class AlgorithmSettings(Strict):
     type: str
     """Name of the algorithm."""
 
+    @property
+    def compares_episodes(self) -> bool:
+        """Whether the episodes of one task are compared with each other, which takes at least two of them."""
+        return False
+
 
 class EngineSettings(Strict):
     """The settings that every engine has."""

@@ -19,7 +19,7 @@ EVERYTHING = {
     "whiten_rewards": True,
     "reward_clip": [-1.0, 0.8],
     "reward_scale": True,
-    "importance_cap": 1.4,
+    "importance": {"high": 1.4},
 }
 SETTINGS = {
     "defaults": {},

@@ -19,6 +19,7 @@ from mrlm_cli.recipe import compose, sections
 from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.records import Message, Reply
 from mrlm_cli.strict import AlgorithmSettings, EngineSettings, EnvironmentSettings, Strict
+from tests.group_helpers import EXTRA, VARIANTS
 from tests.kit import tiny, trainer
 
 ROOT = str(Path(compose.__file__).parent.parent)
@@ -79,7 +80,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
         if not name.startswith("_") and name in type(self).model_fields:
             frame = sys._getframe(1)
             file = frame.f_code.co_filename
-            if file.startswith(ROOT) and not file.startswith(NOT_OBEYING) and frame.f_code.co_name != "_fits":
+            if (
+                file.startswith(ROOT)
+                and not file.startswith(NOT_OBEYING)
+                and not frame.f_code.co_name.startswith("_fits")
+            ):
                 found.add((type(self).__qualname__, name))
         return value
 
@@ -87,6 +92,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     return found
 
 
+PAIRS = {"tasks_per_step": 2, "episodes_per_task": 2}
 RUNS: list[dict[str, Any]] = [
     {},
     {
@@ -101,7 +107,7 @@ RUNS: list[dict[str, Any]] = [
             "target_kl": 10.0,
             "value_clip": 0.2,
             "value_pretraining": {"steps": 1, "explained_variance": 0.9},
-            "importance_cap": 2.0,
+            "importance": {"high": 2.0},
             "aggregation": "constant",
             "constant_length": 8,
         },
@@ -127,6 +133,17 @@ RUNS: list[dict[str, Any]] = [
         "sampling": {"tasks_per_step": 4, "max_new_tokens": 2},
     },
     {"engine": {"type": "generate"}, "sampling": {"tasks_per_step": 2, "max_new_tokens": 2}},
+    *({"algorithm": {"type": name, **EXTRA.get(name, {})}, "sampling": PAIRS} for name in VARIANTS),
+    {
+        "algorithm": {
+            "type": "group",
+            "scale": "batch",
+            "overlong": {"limit": 4, "buffer": 2},
+            "kl": {"coef": 0.1, "sync": {"every": 1}},
+            "importance": {"low": 0.5},
+        },
+        "sampling": PAIRS,
+    },
 ]
 
 

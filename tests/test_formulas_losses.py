@@ -159,17 +159,53 @@ def test_constant_weights():
     assert found.dtype == mass.dtype == torch.float32
 
 
-def test_importance_weights_are_capped_and_carry_no_gradient():
-    old = torch.tensor([[math.log(0.5), math.log(0.9), 0.0, 300.0]]).requires_grad_()
-    sampler = torch.tensor([[math.log(0.25), math.log(0.9), math.log(0.1), -300.0]])
-    found = weights.importance(old, sampler, 3.0)
-    torch.testing.assert_close(found, torch.tensor([[2.0, 1.0, 3.0, 3.0]]))
+def test_importance_weights_carry_no_gradient_and_do_not_overflow():
+    old = torch.tensor([[math.log(0.5), math.log(0.9), 0.0, 300.0, math.nan]]).requires_grad_()
+    sampler = torch.tensor([[math.log(0.25), math.log(0.9), math.log(0.1), -300.0, 0.0]])
+    mask = torch.tensor([[True, True, True, True, False]])
+    found = weights.importance(old, sampler, mask, False)
+    torch.testing.assert_close(found, torch.tensor([[2.0, 1.0, 10.0, math.exp(20.0), 1.0]]))
     assert not found.requires_grad
+    whole = weights.importance(old, sampler, mask & (torch.arange(5) < 3), True)
+    torch.testing.assert_close(whole, torch.tensor([[20.0, 20.0, 20.0, 1.0, 1.0]]))
+
+
+def test_bounded_weights():
+    x = torch.tensor([[0.1, 0.5, 1.0, 3.0, 3.1]])
+    truncated, outside = weights.bounded(x, 0.5, 3.0, mask=False)
+    assert torch.equal(truncated, torch.tensor([[0.5, 0.5, 1.0, 3.0, 3.0]]))
+    masked, same = weights.bounded(x, 0.5, 3.0, mask=True)
+    assert torch.equal(masked, torch.tensor([[0.0, 0.5, 1.0, 3.0, 0.0]]))
+    assert outside.tolist() == same.tolist() == [[True, False, False, False, True]]
+
+
+def test_sequence_log_ratios():
+    new, old = torch.tensor([[1.0, 2.0, 4.0], [5.0, 5.0, 5.0]]), torch.tensor([[0.5, 9.0, 1.0], [1.0, 1.0, 1.0]])
+    mask = torch.tensor([[True, False, True], [False, False, False]])
+    assert losses.sequence_log_ratio(new, old, mask, mean=False).tolist() == [[3.5, 0, 3.5], [0, 0, 0]]
+    assert losses.sequence_log_ratio(new, old, mask, mean=True).tolist() == [[1.75, 0, 1.75], [0, 0, 0]]
+
+
+def test_cispo_keeps_the_gradient_of_every_token_and_bounds_its_weight():
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0]], requires_grad=True)
+    ratios = torch.tensor([[math.log(9.0), math.log(0.5), math.log(0.01)]])
+    advantages = torch.tensor([[1.0, -1.0, 2.0]])
+    for low, expected in ((1.0, [-5.0, 0.5, -0.02]), (0.3, [-5.0, 0.7, -1.4])):
+        loss = losses.cispo(logprobs, ratios, advantages, low, 4.0)
+        (slope,) = torch.autograd.grad(loss.sum(), logprobs)
+        torch.testing.assert_close(slope, torch.tensor([expected]))
+        torch.testing.assert_close(loss, slope * logprobs)
+
+
+def test_unclipped_loss():
+    ratios = torch.tensor([[math.log(9.0), 400.0]])
+    found = losses.importance_weighted(ratios, torch.tensor([[2.0, -1.0]]))
+    torch.testing.assert_close(found, torch.tensor([[-18.0, math.exp(20.0)]]))
 
 
 def test_the_package_and_the_algorithm_import_no_torch():
     program = (
-        "import sys, mrlm_cli.formulas, mrlm_cli.algorithms.ppo\n"
+        "import sys, mrlm_cli.formulas, mrlm_cli.algorithms.ppo, mrlm_cli.algorithms.group\n"
         "assert 'torch' not in sys.modules\n"
         "mrlm_cli.formulas.losses.value_loss\n"
         "assert 'torch' in sys.modules\n"

@@ -97,8 +97,8 @@ def slow_loss(algorithm, out, batch, progress):
         term = max(-advantage * ratio, -advantage * min(max(ratio, 1 - config.clip[0]), 1 + config.clip[1]))
         if config.dual_clip and advantage < 0:
             term = min(term, -advantage * config.dual_clip)
-        if config.importance_cap:
-            term *= min(config.importance_cap, math.exp(old - batch.logprobs[b, t].item()))
+        if config.importance:
+            term *= min(config.importance.high, math.exp(old - batch.logprobs[b, t].item()))
         k1 = new - batch.ref_logprobs[b, t].item()
         estimate = {"reward": 0.0, "k2": k1**2 / 2, "k3": math.exp(-k1) - 1 + k1, "k3+": math.exp(-k1) - 1 + k1}
         weight = batch.weights[b, t].item()

@@ -337,7 +337,13 @@ def test_each_epoch_takes_every_training_task_once_in_another_order(tmp_path: Pa
             return []
 
     environment = _Counting(EnvironmentSettings(type="counting"))
-    source = RolloutSource(Noting(), {"counting": environment}, Sampling(tasks_per_step=5), seed=3)  # type: ignore[arg-type]
+    source = RolloutSource(
+        Noting(),  # type: ignore[arg-type]
+        {"counting": environment},
+        Sampling(tasks_per_step=5),
+        seed=3,
+        keep=lambda group: None,
+    )
     for step in range(3):
         source.episodes(step)
     state = source.state()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mrlm_cli.algorithms.settings import ReferenceSync
 from mrlm_cli.metrics import Sums
-from mrlm_cli.records import Batch, PolicyOut, Progress
+from mrlm_cli.records import Batch, Episode, PolicyOut, Progress
 from mrlm_cli.strict import AlgorithmSettings as AlgorithmSettings
 
 if TYPE_CHECKING:
@@ -18,7 +20,8 @@ class Needs:
     """What the loop must provide to an algorithm."""
 
     values: bool  # a value function, and its values before the first update
-    reference: bool  # log-probs of the policy as loaded
+    reference: bool  # log-probs of the reference: the policy as loaded, unless `sync` moves it
+    sync: ReferenceSync | None = None  # how the reference follows the policy
 
 
 class Algorithm(Protocol):
@@ -28,6 +31,9 @@ class Algorithm(Protocol):
     bootstrap: bool  # truncated episodes are continued with V(tokens[:length]) instead of being scored as they stand
 
     def __init__(self, config: Any) -> None: ...
+
+    def keep(self, group: Sequence[Episode]) -> str | None:
+        """None to train on the episodes of one (task, agent), failed ones among them; else the reason why not."""
 
     def credit(self, batch: Batch, progress: Progress) -> tuple[Batch, Sums]:
         """Advantages, returns, weights and mass of the whole step's batch, on annotated log-probs and values."""

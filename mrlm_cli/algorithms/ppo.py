@@ -9,43 +9,28 @@ which the clip replaced, and pretraining-loss mixing.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mrlm_cli import formulas, schedules
+from mrlm_cli import formulas
 from mrlm_cli.algorithms.base import AlgorithmSettings, Needs
+from mrlm_cli.algorithms.settings import Aggregation, ClipPair, Entropy, Importance, PolicyKL, Share, aggregated
 from mrlm_cli.errors import CheckpointError
 from mrlm_cli.metrics import Sums
-from mrlm_cli.records import Batch, PolicyOut, Progress
-from mrlm_cli.strict import Pair, Schedule, Strict
+from mrlm_cli.records import Batch, Episode, PolicyOut, Progress
+from mrlm_cli.strict import Pair, Strict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Share = Annotated[float, Field(ge=0, le=1)]
-ClipPair = Annotated[
-    tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=100)]], Field(strict=False)
-]
 SCALE_FLOOR = 1e-6  # a running standard deviation below it divides nothing
 
 
-class Entropy(Strict):
-    """Reward for staying random."""
+class KL(PolicyKL):
+    """Penalty on the distance from the reference."""
 
-    coef: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Factor on the mean entropy, in nats a token, subtracted from the loss; 0 leaves exploration to sampling."""
-    schedule: Schedule = "constant"
-    """Shape of the coefficient over the run's `steps`; a decay lets the policy become sure of itself at the end."""
-    floor: Share = 0.0
-    """Fraction of coef at which a linear or cosine schedule ends."""
-
-
-class KL(Strict):
-    """Penalty on the distance from the policy as loaded."""
-
-    coef: Annotated[float, Field(ge=0, le=100)] = 0.0
-    """β, in reward per nat (form reward) or as factor on the loss term; 0 needs no reference model."""
     form: Literal["reward", "k2", "k3", "k3+"] = "reward"
     """`reward` takes β·(log π − log π_ref) off each chosen token's reward; k2, k3, k3+ (gradient of k2) are losses."""
     target: Annotated[float, Field(gt=0, le=1e6)] | None = None
@@ -54,7 +39,7 @@ class KL(Strict):
     """Episodes over which an adapting β may change by at most a fifth; smaller reacts faster."""
 
     @model_validator(mode="after")
-    def _fits(self) -> KL:
+    def _fits_target(self) -> KL:
         if self.target is not None and self.coef == 0:
             raise ValueError("target needs a coef above 0 to start from: a coefficient of 0 cannot adapt")
         return self
@@ -92,7 +77,7 @@ class PPO:
         entropy: Entropy = Entropy()
         """Reward for staying random."""
         kl: KL = KL()
-        """Penalty on the distance from the policy as loaded."""
+        """Penalty on the distance from the reference, which is the policy as loaded."""
         whiten_advantages: bool = True
         """Give the step's advantages mean 0 and standard deviation 1, so that the reward's scale does not matter."""
         whiten_rewards: bool = False
@@ -109,12 +94,12 @@ class PPO:
         """Ends an iteration's update once an optimizer step's approx_kl lies above it; null never stops early."""
         value_pretraining: ValuePretraining | None = None
         """Train the value function alone first; null trains both from the first step."""
-        aggregation: Literal["token", "sequence", "constant"] = "token"
+        aggregation: Aggregation = "token"
         """Policy loss over every chosen token alike, every episode alike, or each episode over `constant_length`."""
         constant_length: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
         """Tokens by which aggregation constant divides an episode's sum, usually the most it may choose."""
-        importance_cap: Annotated[float, Field(ge=1, le=1000)] | None = None
-        """Weigh the policy loss of a token by min(this, π_old / π_sampler); null ignores the sampler's rounding."""
+        importance: Importance | None = None
+        """Weigh the policy loss by bounded π_old / π_sampler; null ignores that the sampler was not quite π_old."""
 
         @model_validator(mode="after")
         def _fits(self) -> PPO.Config:
@@ -130,12 +115,16 @@ class PPO:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.needs = Needs(values=True, reference=config.kl.coef > 0)
+        self.needs = Needs(values=True, reference=config.kl.coef > 0, sync=config.kl.sync)
         self.bootstrap = config.truncation == "bootstrap"
         self._next_kl_coef = config.kl.coef
         self._kl_coef = config.kl.coef  # the one of this iteration: credit and loss see the same
         self._reward_count, self._reward_mean, self._reward_m2 = 0, 0.0, 0.0  # of episodes' rewards, since the start
         self._value_trained_at: int | None = None  # the step at which the values explained enough
+
+    def keep(self, group: Sequence[Episode]) -> str | None:
+        """None: with a value function even a group of equal rewards teaches."""
+        return None
 
     def credit(self, batch: Batch, progress: Progress) -> tuple[Batch, Sums]:
         """Rewards in DESIGN's order (§5.5), then GAE, returns, whitening, weights and mass of the whole step's batch.
@@ -149,7 +138,7 @@ class PPO:
         config, sums = self.config, Sums()
         cut = batch.truncated
         included = ~cut if config.truncation == "mask" else cut.new_ones(cut.shape)
-        weights, mass = self._weights(batch, included)
+        weights, mass = aggregated(config.aggregation, config.constant_length, batch, included)
         active = batch.mask & (mass > 0)[:, None]
         self._kl_coef = self._next_kl_coef
         rewards = self._rewards(batch, active, progress, sums)
@@ -197,8 +186,8 @@ class PPO:
 
         logprobs, old_logprobs, advantages = only(out.logprobs), only(batch.old_logprobs), only(batch.advantages)
         surrogate = losses.clipped_surrogate(logprobs, old_logprobs, advantages, *config.clip, config.dual_clip)
-        if config.importance_cap is not None:
-            surrogate = surrogate * self._importance(batch, active)
+        if config.importance is not None:
+            surrogate = surrogate * config.importance.weights(batch, active)[0]
         policy_loss = (batch.weights * surrogate).sum()
         entropy = only(out.entropy).sum()
         total = policy_loss
@@ -216,7 +205,7 @@ class PPO:
         sums.add("policy_moved", (logprobs - old_logprobs).abs().sum(), tokens)
         return {
             "mass": total,
-            "tokens": config.value_coef * value_loss - self._entropy_coef(progress) * entropy,
+            "tokens": config.value_coef * value_loss - config.entropy.at(progress) * entropy,
         }, sums
 
     def value_only(self, progress: Progress) -> bool:
@@ -249,13 +238,6 @@ class PPO:
         self._reward_mean = state["reward_mean"]
         self._reward_m2 = state["reward_m2"]
         self._value_trained_at = state["value_trained_at"]
-
-    def _weights(self, batch: Batch, included: Tensor) -> tuple[Tensor, Tensor]:
-        weights, dtype = formulas.weights, batch.rewards.dtype
-        if self.config.constant_length is not None:
-            return weights.constant(batch.mask, included, dtype, self.config.constant_length)
-        aggregate = weights.token if self.config.aggregation == "token" else weights.sequence
-        return aggregate(batch.mask, included, dtype)
 
     def _rewards(self, batch: Batch, active: Tensor, progress: Progress, sums: Sums) -> Tensor:
         """clip → missing-end penalty → scaling → −β·k1 → whitening; [B,T], zero outside `active`."""
@@ -303,25 +285,17 @@ class PPO:
         sums.add("return", returns.double().sum(), tokens)
         sums.add("value_bias", (batch.values - returns).double().masked_fill(~active, 0).sum(), tokens)
         if not self.value_only(progress):
-            sums.add("entropy_coef", self._entropy_coef(progress))
-        if self.config.importance_cap is not None:
-            sums.add("importance_weight", self._importance(batch, active).double().sum(), tokens)
+            sums.add("entropy_coef", self.config.entropy.at(progress))
+        if self.config.importance is not None:
+            importance, outside = self.config.importance.weights(batch, active)
+            sums.add("importance_weight", importance.double().sum(), tokens)
+            sums.add("importance_bounded", outside.sum(), tokens)
         pretraining = self.config.value_pretraining
         if pretraining is not None:
             training = self.value_only(progress)
             sums.add("value_pretraining", float(training))
             if training and pretraining.explained_variance is not None and explained >= pretraining.explained_variance:
                 self._value_trained_at = progress.step
-
-    def _importance(self, batch: Batch, active: Tensor) -> Tensor:
-        assert batch.old_logprobs is not None
-        assert self.config.importance_cap is not None
-        old, sampler = batch.old_logprobs.masked_fill(~active, 0), batch.logprobs.masked_fill(~active, 0)
-        return formulas.weights.importance(old, sampler, self.config.importance_cap).masked_fill(~active, 0)
-
-    def _entropy_coef(self, progress: Progress) -> float:
-        entropy = self.config.entropy
-        return entropy.coef * schedules.factor(entropy.schedule, progress, floor=entropy.floor)
 
     def _observe_rewards(self, rewards: Tensor) -> None:
         """Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance": join two sets' moments."""

@@ -39,6 +39,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor, gamma:
     return torch.zeros_like(rewards).scatter(1, index_BK, advantages_BK)
 
 
+def reward_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
+    """Σ of the rewards from each chosen token on, undiscounted; 0 where not chosen.  [B,T] each -> [B,T]."""
+    assert rewards.ndim == mask.ndim == 2
+    return rewards.masked_fill(~mask, 0).flip(1).cumsum(1).flip(1).masked_fill(~mask, 0)
+
+
 def last_chosen(mask: Tensor) -> Tensor:
     """bool [B,T] -> bool [B,T]: True at the last chosen token of each row that has one."""
     assert mask.ndim == 2

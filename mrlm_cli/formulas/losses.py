@@ -1,4 +1,4 @@
-"""Per-token losses of PPO and what is measured beside them. All arrays are [B,T]; nothing is reduced here.
+"""Per-token policy and value losses and what is measured beside them. All arrays are [B,T]; nothing is reduced here.
 
 A masked position must hold finite numbers before it comes here: 0 · NaN is NaN.
 """
@@ -55,3 +55,33 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
         near = old_values + (values - old_values).clamp(-clip, clip)
         squared = torch.maximum(squared, (near - returns).square())
     return 0.5 * squared
+
+
+def sequence_log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, mean: bool) -> Tensor:
+    """Σ_t log ρ_t over the row's chosen tokens, or its mean, at each of them; 0 elsewhere.  [B,T] each -> [B,T].
+
+    The mean is the length-normalised ratio of Zheng et al. 2025, "Group Sequence Policy Optimization", Eq. 7; the sum
+    is the ratio of whole episodes.
+    """
+    assert logprobs.ndim == old_logprobs.ndim == mask.ndim == 2
+    total = (logprobs - old_logprobs).masked_fill(~mask, 0).sum(1, keepdim=True)
+    if mean:
+        total = total / mask.sum(1, keepdim=True).clamp(min=1)
+    return total.expand_as(mask).masked_fill(~mask, 0)
+
+
+def cispo(logprobs: Tensor, log_ratios: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """−sg(clip(ρ, 1−low, 1+high))·A·log π: the ratio is a bounded weight, every token keeps its gradient.
+
+    [B,T] each -> [B,T]. MiniMax 2025, "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention",
+    Eq. 4 and 5; with low = 1 there is no lower bound, as in their experiments.
+    """
+    assert logprobs.ndim == log_ratios.ndim == advantages.ndim == 2
+    ratio = log_ratios.detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    return -ratio.clamp(1 - low, 1 + high) * advantages * logprobs
+
+
+def importance_weighted(log_ratios: Tensor, advantages: Tensor) -> Tensor:
+    """−Aρ, unclipped: REINFORCE on samples of the old policy.  [B,T] each -> [B,T]."""
+    assert log_ratios.ndim == advantages.ndim == 2
+    return -advantages * log_ratios.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()

@@ -40,11 +40,11 @@ def derive(recipe: Recipe, folders: Sequence[Path] = ()) -> Derived:
     chosen = sampling.max_new_tokens * sampling.max_turns
     if longest is not None:
         chosen = min(chosen, longest - 1)  # a prompt has at least one token
-    value = None if found is None else shape.value_parameters(recipe.model, found)
+    needs = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm).needs
+    value = None if found is None else shape.value_parameters(recipe.model, found) if needs.values else 0
     memory = None
     if found is not None and value is not None and longest is not None:
-        reference = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm).needs.reference
-        memory = round(_memory(recipe, found, value, longest, reference) / MIB)
+        memory = round(_memory(recipe, found, value, longest, needs.reference) / MIB)
     steps = optimizer.passes * optimizer.minibatches
     return Derived(
         episodes_per_step=episodes,
@@ -72,7 +72,7 @@ def _memory(recipe: Recipe, found: Shape, value: int, longest: int, reference: b
     layers = (
         found.hidden * number * found.layers + layer if recipe.hardware.gradient_checkpointing else layer * found.layers
     )
-    trunks = 2 if recipe.model.value.type == "separate" else 1
+    trunks = 2 if value and recipe.model.value.type == "separate" else 1
     logits = 2 * 4 * min(tokens * found.vocabulary, _CHUNK_LOGITS)  # themselves and their gradient
     cached = min(recipe.episodes_per_step * longest, getattr(recipe.engine, "max_cached_tokens", 2**63))
     keys = cached * found.layers * 2 * found.key_width * number

@@ -114,6 +114,12 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
         if seen[environment.label] > 1:
             yield ("environments", index), f"a second environment called {environment.label!r}; give it a `name`"
     sampling = recipe.sampling
+    if recipe.algorithm.compares_episodes and sampling.episodes_per_task < 2:
+        yield (
+            ("sampling", "episodes_per_task"),
+            f"got {sampling.episodes_per_task}; algorithm {recipe.algorithm.type} compares the episodes of a task: "
+            "expected at least 2",
+        )
     if isinstance(recipe.model, ScratchModel):
         context = recipe.model.context
         if sampling.max_tokens is not None and sampling.max_tokens > context:

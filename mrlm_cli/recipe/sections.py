@@ -99,6 +99,8 @@ class Sampling(Strict):
     """Tasks in a step."""
     episodes_per_task: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Episodes sampled of each task."""
+    refills: Annotated[int, Field(ge=0, le=1000)] = 4
+    """Times a step may sample the next tasks in place of those that the algorithm leaves out, such as flat groups."""
     max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 64
     """Tokens the policy may write in one turn; a reply cut here ends the episode."""
     max_turns: Annotated[int, Field(ge=1, le=10_000)] = 32

@@ -10,11 +10,13 @@ from mrlm_cli.records import Batch, Episode
 
 
 def collate(episodes: Sequence[Episode], device: str) -> Batch | None:
-    """A batch of the episodes that can be trained on: those that did not fail and hold a chosen token; None if none.
+    """A batch of the episodes that can be trained on; None if there is none.
+
+    Left out are those that failed, hold no chosen token, or belong to a group that the algorithm does not keep.
 
     Weights are the mask and mass the number of chosen tokens, until an algorithm says otherwise.
     """
-    rows = [(number, one) for number, one in enumerate(episodes) if one.stop != "failed" and one.chosen]
+    rows = [(number, one) for number, one in enumerate(episodes) if trainable(one)]
     if not rows:
         return None
     longest = max(len(one.tokens) for _, one in rows)
@@ -45,6 +47,11 @@ def collate(episodes: Sequence[Episode], device: str) -> Batch | None:
         truncated=column((one.stop in ("length", "turns") for _, one in rows), torch.bool),
         ended=column((one.ended for _, one in rows), torch.bool),
     )
+
+
+def trainable(episode: Episode) -> bool:
+    """Whether an episode may enter a batch."""
+    return episode.stop != "failed" and episode.left_out is None and bool(episode.chosen)
 
 
 def unit_rows(batch: Batch) -> dict[int, list[int]]:

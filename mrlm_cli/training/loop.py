@@ -72,7 +72,9 @@ def iteration(trainer: Trainer) -> None:
     sums.update(episode_metrics(episodes, trainer.environments))
     batch = collate(episodes, recipe.hardware.device)
     scored = sampled
-    if batch is None:
+    if batch is None and any(one.left_out is not None for one in episodes):
+        sums.add("skipped_steps", recipe.optimizer.passes * recipe.optimizer.minibatches)
+    elif batch is None:
         announce.warned(f"step {trainer.step + 1}: no episode can be trained on; the first: {episodes[0].failure}")
         trainer.updater.refuse(Refused("every episode failed", []))
         sums.add("skipped_steps", recipe.optimizer.passes * recipe.optimizer.minibatches)
@@ -100,14 +102,15 @@ def iteration(trainer: Trainer) -> None:
             trainer.engine.load(trainer.policy.lm)
     ended = time.perf_counter()
     trainer.step += 1
+    if algorithm.needs.sync is not None:
+        sums.add("reference_synced", float(trainer.sync_reference()))
     metrics = sums.means()
-    chosen = metrics.get("length", 0.0) * metrics["episodes"]
     metrics |= {
         "seconds": ended - begun,
         "rollout_seconds": sampled - begun,
         "scoring_seconds": scored - sampled,
         "update_seconds": ended - scored,
-        "tokens_per_second": chosen / (ended - begun),
+        "tokens_per_second": metrics["sampled_tokens"] / (ended - begun),
         "memory_mb": peak_memory_mb(),
     }
     if trainer.step in (1, recipe.steps) or trainer.step % recipe.report.episodes_every == 0:

@@ -28,6 +28,8 @@ class Draw:
     stream: str  # "train", or the split of an evaluation
     step: int  # an evaluation draws the same at every step, so that two of them differ by the policy alone
     policy_step: int  # how many updates the policy has seen
+    attempt: int = 0  # refill of the step
+    first: int = 0  # tasks of the step before these: a task is drawn by its place in the whole step, refills included
 
 
 @dataclass(slots=True)
@@ -105,7 +107,7 @@ class Rollout:
                 task,
                 sample,
             )
-            for number, task in enumerate(tasks)
+            for number, task in enumerate(tasks, draw.first)
             for sample in range(samples)
         ]
         waiting: deque[_Cohort] = deque()
@@ -129,7 +131,7 @@ class Rollout:
                 cohort.ticket = self._host.step(replies)
                 waiting.append(cohort)
         self._phase(f"{draw.stream}: sampling", done, len(sessions))
-        return [episode for one in sessions for episode in self._episodes(one)]
+        return [episode for one in sessions for episode in self._episodes(one, draw.attempt)]
 
     def _cohorts(self, sessions: list[_Live]) -> list[list[_Live]]:
         if len(sessions) < 2 or not any(self._host.thinks_apart(one.task.env) for one in sessions):
@@ -245,7 +247,7 @@ class Rollout:
         other = self._others.get(agent)
         return other.chat.context if isinstance(other, Frozen) else self._max_tokens
 
-    def _episodes(self, one: _Live) -> list[Episode]:
+    def _episodes(self, one: _Live, attempt: int) -> list[Episode]:
         assert one.stop is not None
         transcript = Transcript(
             task=one.task,
@@ -281,6 +283,7 @@ class Rollout:
                 stop="done" if one.stop == "length" and one.finished and not _was_cut(talk) else one.stop,
                 ended=talk is not None and talk.last_stop in ("end", "string"),
                 failure=one.failure,
+                attempt=attempt,
             )
             for agent, talk in talks.items()
         ]

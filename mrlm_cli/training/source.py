@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mrlm_cli.draws import draw_key, permuted
@@ -61,27 +62,57 @@ def held_out(environments: Mapping[str, Environment], split: Split, count: int) 
     return tasks
 
 
+Keep = Callable[[Sequence[Episode]], str | None]
+
+
 class RolloutSource:
-    """Fresh episodes of the training split. Its whole state is one cursor for each environment."""
+    """Fresh episodes of the training split. Its whole state is one cursor for each environment.
+
+    `keep` judges the episodes of one task and agent: None, or the reason why they are not trained on.
+    """
 
     def __init__(
-        self, rollout: Rollout, environments: Mapping[str, Environment], sampling: Sampling, seed: int
+        self, rollout: Rollout, environments: Mapping[str, Environment], sampling: Sampling, seed: int, keep: Keep
     ) -> None:
         self._rollout = rollout
         self._environments = environments
         self._sampling = sampling
         self._seed = seed
+        self._keep = keep
         self._cursor = dict.fromkeys(environments, 0)
         for label, environment in environments.items():
             if environment.size("train") == 0:
                 raise UserError(f"environment {label} has no training tasks")
 
     def episodes(self, step: int) -> list[Episode]:
-        """The episodes of a step, sampled by the policy that the engine holds; advances the cursor."""
-        draw = Draw(self._seed, "train", step, step)
-        return self._rollout.episodes(
-            self._tasks(step), self._sampling.episodes_per_task, draw, self._sampling.temperature
-        )
+        """The episodes of a step, sampled by the policy that the engine holds; advances the cursor.
+
+        A task of which no group is kept stays among them, marked `left_out`, and the next task in order is sampled in
+        its place, in at most `sampling.refills` rounds: what is short then stays short.
+        """
+        found: list[Episode] = []
+        taken, missing = 0, self._sampling.tasks_per_step
+        for attempt in range(self._sampling.refills + 1):
+            draw = Draw(self._seed, "train", step, step, attempt, taken)
+            tasks = self._tasks(step, taken, missing)
+            sampled = self._rollout.episodes(tasks, self._sampling.episodes_per_task, draw, self._sampling.temperature)
+            judged, missing = self._judged(sampled)
+            found += judged
+            taken += len(tasks)
+            if missing == 0:
+                break
+        return found
+
+    def _judged(self, episodes: Sequence[Episode]) -> tuple[list[Episode], int]:
+        """The episodes, marked where their group is left out, and the number of tasks of which no group is kept."""
+        groups: dict[str, list[Episode]] = {}
+        for one in episodes:
+            groups.setdefault(one.group, []).append(one)
+        reasons = {name: self._keep(group) for name, group in groups.items()}
+        judged = [one if reasons[one.group] is None else replace(one, left_out=reasons[one.group]) for one in episodes]
+        kept = {one.session for one in judged if one.left_out is None}
+        lost = {one.session for one in judged} - kept
+        return judged, len(lost) // self._sampling.episodes_per_task
 
     def state(self) -> dict[str, Any]:
         """Tasks taken so far from each environment."""
@@ -91,9 +122,10 @@ class RolloutSource:
         """Go on where `state` was taken."""
         self._cursor = {label: int(state["cursor"][label]) for label in self._cursor}
 
-    def _tasks(self, step: int) -> Sequence[Task]:
+    def _tasks(self, step: int, first: int, count: int) -> Sequence[Task]:
+        """The next `count` tasks, of which the step has had `first` before."""
         tasks = []
-        for label in mixture(self._environments, self._sampling.tasks_per_step, self._seed, "mixture", step):
+        for label in mixture(self._environments, first + count, self._seed, "mixture", step)[first:]:
             taken = self._cursor[label]
             size = self._environments[label].size("train")
             if size is None:

@@ -59,13 +59,14 @@ class Stage:
         self._sampling = recipe.sampling
         self._budget = recipe.optimizer.tokens_per_micro_batch
         self._phase = phase
+        algorithm = registry.resolve("algorithms", recipe.algorithm.type, folders)
         self.policy, self.chat = load.build(
             recipe.model,
             seed=recipe.seed,
             device=hardware.device,
             precision=hardware.precision,
             gradient_checkpointing=hardware.gradient_checkpointing,
-            values=values,
+            values=values and algorithm(recipe.algorithm).needs.values,
         )
         self.engine: Engine = registry.resolve("engines", recipe.engine.type, folders)(
             recipe.engine, decode=self.chat.decode, precision=hardware.precision, check=check

@@ -14,11 +14,16 @@ from mrlm_cli.training.rollout import EXCLUDED
 
 
 def episode_metrics(episodes: Sequence[Episode], environments: Mapping[str, Environment]) -> Sums:
-    """Metrics of the step's episodes; failed ones count only as failed."""
+    """Metrics of all that a step sampled, groups that are left out included; failed ones count only as failed."""
     sums = Sums()
     good = [one for one in episodes if one.stop != "failed"]
     excluded = [one for one in episodes if one.failure is not None and one.failure.startswith(EXCLUDED)]
-    sums.add("episodes", len(good))
+    sums.add("episodes", sum(one.left_out is None for one in good))
+    sums.add("sampled_tokens", sum(len(one.chosen) for one in good))
+    groups = {(one.attempt, one.group): one.left_out is not None for one in episodes}
+    sums.add("groups", len(groups) - sum(groups.values()))
+    sums.add("filtered_groups", sum(groups.values()))
+    sums.add("refilled_groups", sum(attempt > 0 for attempt, _ in groups))
     sums.add("failed_rate", len(episodes) - len(good) - len(excluded), len(episodes))
     sums.add("excluded_rate", len(excluded), len(episodes))
     rewards = [sum(one.rewards) for one in good]

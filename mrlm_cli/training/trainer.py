@@ -53,7 +53,11 @@ class Trainer:
         self._judged = stage.rollout(bootstrap=False)
         self._findings = stage.findings
         self.source = RolloutSource(
-            stage.rollout(bootstrap=self.algorithm.bootstrap), self.environments, recipe.sampling, recipe.seed
+            stage.rollout(bootstrap=self.algorithm.bootstrap),
+            self.environments,
+            recipe.sampling,
+            recipe.seed,
+            self.algorithm.keep,
         )
         self._adam = Adam(self.policy, recipe.optimizer, recipe.model.value.lr)
         self.updater = Updater(
@@ -76,6 +80,17 @@ class Trainer:
         """Whether this step is saved: the last, and every so many."""
         every = self.recipe.checkpoint.every
         return self.step > 0 and (self.step == self.recipe.steps or (every > 0 and self.step % every == 0))
+
+    @torch.no_grad()
+    def sync_reference(self) -> bool:
+        """Move the reference towards the policy if this step is one at which it does; returns whether it did."""
+        sync = self.algorithm.needs.sync
+        if sync is None or self.reference is None or self.step % sync.every:
+            return False
+        policy = dict(self.policy.lm.named_parameters())
+        for name, parameter in self.reference.lm.named_parameters():
+            parameter.lerp_(policy[name], sync.rate)  # a rate of 1 gives the policy's bits
+        return True
 
     def evaluate(self) -> None:
         """Evaluate on the validation split, store the result, and remember the best step.
@@ -109,6 +124,8 @@ class Trainer:
         def fill(directory: Path) -> None:
             load.save(self.policy, self._tokenizer, directory)
             self._adam.save(directory / "optimizer.safetensors")
+            if self.reference is not None and self.algorithm.needs.sync is not None:
+                load.save(self.reference, self._tokenizer, directory / "reference")
             (directory / "recipe.yaml").write_text(self.run.recipe_yaml(), encoding="utf-8")
             (directory / "state.json").write_text(json.dumps(self._state(), indent=1), encoding="utf-8")
 
@@ -135,6 +152,8 @@ class Trainer:
                 f"{directory}: the model of a frozen agent has changed since; episodes would be others"
             )
         load.load_weights(self.policy, directory)
+        if self.reference is not None and self.algorithm.needs.sync is not None:
+            load.load_weights(self.reference, directory / "reference")
         self._adam.load(directory / "optimizer.safetensors")
         self.step = int(state["step"])
         self.best = state["best"]
