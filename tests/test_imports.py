@@ -19,11 +19,12 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "envs": (set(), {"pydantic"} | EXTRAS),
     "formulas": (set(), {"torch"}),
     "algorithms": ({"formulas"}, {"pydantic"}),
+    "kernels": (set(), {"torch", "numpy"}),
     "policy": (
-        {"recipe", "formulas"},
+        {"recipe", "formulas", "kernels"},
         {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers"} | EXTRAS,
     ),
-    "engines": ({"formulas"}, {"pydantic", "torch", "transformers"}),
+    "engines": ({"formulas", "kernels"}, {"pydantic", "torch", "transformers"}),
     "training": (
         {"recipe", "envs", "formulas", "algorithms", "policy", "engines"},
         {"pydantic", "torch", "transformers", "safetensors", "tokenizers", "yaml", "numpy"},

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mrlm_cli.formulas.logprobs import chunked_logprobs
-from mrlm_cli.policy.trunk import run_trunk, scale_gradient
+from mrlm_cli.kernels.functions import Linear
+from mrlm_cli.kernels.llama import plain_linear
+from mrlm_cli.policy.trunk import States, run_trunk, scale_gradient
 from mrlm_cli.policy.value import Critic, ValueHead
 from mrlm_cli.records import PolicyOut
 
@@ -21,8 +23,9 @@ class Policy(nn.Module):
     """A causal language model with, perhaps, a value function.
 
     `lm` is a plain transformers causal LM with fp32 weights; `value` a ValueHead on its trunk, a Critic, or None.
-    With precision "bfloat16" matrix products run in bf16 by autocast over the fp32 weights, with these results in the
-    families that the tests cover (Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 and 3, GPT-2): embeddings and the
+    With precision "bfloat16" matrix products run in bf16 over the fp32 weights. Models of Llama shape (`kernels.llama`)
+    keep everything else in fp32, attention included. The others run by autocast, with these results in the families
+    that the tests cover (Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 and 3, GPT-2): embeddings and the
     residual stream stay fp32; norms compute their statistics in fp32 (RMSNorm by its own cast, LayerNorm because its
     input is fp32; norms whose input is a bf16 product, such as those of queries and keys, round their result to bf16);
     rotary angles and the rotation are fp32, since cosines and sines take the type of the fp32 embeddings; attention
@@ -60,28 +63,36 @@ class Policy(nn.Module):
         if bool(score[:, 0].any()):
             raise ValueError("index 0 of a row is never chosen and cannot be scored")
         row, column = score.nonzero(as_tuple=True)
-        before = (row, column - 1)
+        every, last = torch.arange(len(tokens), device=tokens.device), lengths - 1
         shared = values and isinstance(self.value, ValueHead)
         out_logprobs = out_entropy = torch.zeros(tokens.shape, device=tokens.device)
         out_values = final_values = None
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not value_only):
-                hidden = run_trunk(self.lm.base_model, tokens) if logprobs or shared else None  # [B,T,H]
-                if logprobs:
-                    assert hidden is not None
+        states: States | None = None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not value_only):
+            if logprobs or shared:
+                states = run_trunk(self.lm.base_model, tokens, lengths, self.precision)
+            if logprobs:
+                assert states is not None
+                with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                     scored, entropies = chunked_logprobs(
-                        hidden[before], tokens[row, column], self.head, self.vocabulary, temperature, entropy
+                        states.at(row, column - 1),
+                        tokens[row, column],
+                        self.head,
+                        self.vocabulary,
+                        temperature,
+                        entropy,
                     )
-                    out_logprobs = _scatter(scored, row, column, tokens)
-                    out_entropy = _scatter(entropies, row, column, tokens)
-            if values and self.value is not None:
-                if isinstance(self.value, Critic):
-                    states, head = self.value.states(tokens), self.value.head
-                else:
-                    assert hidden is not None
-                    states, head = scale_gradient(hidden, self.trunk_gradient), self.value
-                out_values = _scatter(head(states[before]), row, column, tokens)
-                final_values = head(states[torch.arange(len(tokens), device=tokens.device), lengths - 1])
+                out_logprobs = _scatter(scored, row, column, tokens)
+                out_entropy = _scatter(entropies, row, column, tokens)
+        if values and self.value is not None:
+            if isinstance(self.value, Critic):
+                states, head = self.value.states(tokens, lengths, self.precision), self.value.head
+            else:
+                assert states is not None
+                states = States(scale_gradient(states.hidden, self.trunk_gradient), states.node)
+                head = self.value
+            out_values = _scatter(head(states.at(row, column - 1)), row, column, tokens)
+            final_values = head(states.at(every, last))
         return PolicyOut(out_logprobs, out_entropy, out_values, final_values)
 
     @property
@@ -94,7 +105,12 @@ class Policy(nn.Module):
 
         `load` compares this with the model's forward, so that a family with another head is refused.
         """
-        logits: Tensor = self.lm.get_output_embeddings()(hidden)
+        embeddings = self.lm.get_output_embeddings()
+        logits: Tensor
+        if self.precision == "float32" and plain_linear(embeddings) and embeddings.bias is None:
+            logits = Linear.apply(hidden, embeddings.weight)
+        else:
+            logits = embeddings(hidden)
         config = self.lm.config
         scale = getattr(config, "logit_scale", None)  # Cohere
         if scale is not None:

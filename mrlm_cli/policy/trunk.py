@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mrlm_cli.kernels.llama import Trunk
+from mrlm_cli.kernels.packing import pack
 
-def run_trunk(trunk: nn.Module, tokens: Tensor) -> Tensor:
-    """tokens [B,T] -> hidden state after the last norm [B,T,H].
 
-    Rows are right-padded and attention is causal, so real tokens never see padding: no mask is passed, positions are
-    0..T-1. transformers checkpoints activations only in train mode, and refuses its key-value cache there; the mode
-    is therefore set for the length of this call. Dropout is zero in both modes (see `load`).
+@dataclass(frozen=True, slots=True)
+class States:
+    """Hidden states of B rows, stored once for each distinct prefix."""
+
+    hidden: Tensor  # [N,H]
+    node: Tensor  # int64 [B,T]: which of them belongs to each place
+
+    def at(self, row: Tensor, column: Tensor) -> Tensor:
+        """row, column int64 [n] -> the states after reading tokens[row, : column + 1], [n,H]."""
+        return self.hidden[self.node[row, column]]
+
+
+def run_trunk(trunk: nn.Module, tokens: Tensor, lengths: Tensor, precision: str) -> States:
+    """tokens [B,T] right-padded, lengths [B] -> the states after the last norm.
+
+    Models of Llama shape run packed: no padding, and beginnings that rows share once. The others run as transformers
+    has them: attention is causal, so real tokens never see padding, no mask is passed, and positions are 0..T-1.
     """
     checkpointing = torch.is_grad_enabled() and any(
         getattr(module, "gradient_checkpointing", False) for module in trunk.modules()
     )
+    packed = Trunk.of(trunk)
+    bf16 = precision == "bfloat16"
+    if packed is not None:
+        packing = pack(tokens, lengths)
+        return States(packed(packing, torch.bfloat16 if bf16 else None, checkpointing), packing.node)
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
+        hidden = _as_transformers(trunk, tokens, checkpointing)
+    return States(hidden.flatten(0, 1), torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape))
+
+
+def _as_transformers(trunk: nn.Module, tokens: Tensor, checkpointing: bool) -> Tensor:
+    """tokens [B,T] -> [B,T,H].
+
+    transformers checkpoints activations only in train mode, and refuses its key-value cache there; the mode is
+    therefore set for the length of this call. Dropout is zero in both modes (see `load`).
+    """
     training = trunk.training
     if checkpointing and not training:
         trunk.train()

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mrlm_cli.policy.trunk import run_trunk
+from mrlm_cli.policy.trunk import States, run_trunk
 
 
 class ValueHead(nn.Module):
@@ -51,6 +51,6 @@ class Critic(nn.Module):
         self.trunk = trunk
         self.head = head
 
-    def states(self, tokens: Tensor) -> Tensor:
-        """tokens [B,T] -> hidden states [B,T,H] of the critic's own trunk."""
-        return run_trunk(self.trunk, tokens)
+    def states(self, tokens: Tensor, lengths: Tensor, precision: str) -> States:
+        """tokens [B,T], lengths [B] -> hidden states of the critic's own trunk."""
+        return run_trunk(self.trunk, tokens, lengths, precision)

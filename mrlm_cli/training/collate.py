@@ -65,12 +65,21 @@ def unit_rows(batch: Batch) -> dict[int, list[int]]:
 def micro_batches(batch: Batch, budget: int) -> list[torch.Tensor]:
     """Row indices cut into micro-batches of at most `budget` padded tokens, longest first, units kept whole.
 
-    A unit that is larger than the budget makes a micro-batch of its own. Sorting by length keeps padding small; ties
-    keep their order, so the cut is a function of lengths alone.
+    A unit that is larger than the budget makes a micro-batch of its own. Units of one group stay together, because what
+    their rows begin with in common is computed once where the model allows; among and inside groups, sorting by length
+    keeps padding small. Ties keep their order, so the cut is a function of lengths and groups alone.
     """
     units = unit_rows(batch)
-    lengths = batch.lengths.tolist()
-    ordered = sorted(units.values(), key=lambda rows: -max(lengths[row] for row in rows))
+    lengths, groups = batch.lengths.tolist(), batch.group.tolist()
+    longest_of: dict[int, int] = {}
+    for length, group in zip(lengths, groups, strict=True):
+        longest_of[group] = max(length, longest_of.get(group, 0))
+
+    def order(rows: list[int]) -> tuple[int, int, int]:
+        group = groups[rows[0]]
+        return -longest_of[group], group, -max(lengths[row] for row in rows)
+
+    ordered = sorted(units.values(), key=order)
     cut: list[list[int]] = []
     longest = 0
     for rows in ordered:
@@ -78,5 +87,5 @@ def micro_batches(batch: Batch, budget: int) -> list[torch.Tensor]:
             cut[-1].extend(rows)
         else:
             cut.append(list(rows))
-            longest = max(lengths[row] for row in rows)
+            longest = max(longest_of[groups[row]] for row in rows)
     return [torch.tensor(rows, dtype=torch.int64, device=batch.lengths.device) for rows in cut]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shlex
@@ -14,6 +15,7 @@ from typing import Any
 from mrlm_cli import __version__
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pydantic", "numpy", "rich")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -25,6 +27,19 @@ def default_threads() -> int:
     quota = _cpu_quota(Path("/proc/self/cgroup"), _CGROUPS)
     allowed = _affinity()
     return allowed if quota is None else max(1, min(allowed, int(quota)))
+
+
+def keep_memory() -> None:
+    """Tell the C library to keep freed memory for the next allocation instead of giving it back to the kernel.
+
+    A training step frees and asks again for the same hundreds of megabytes; each time, the kernel would clear every
+    page anew, which costs about a fifth of a step. Only glibc has the switch; elsewhere nothing changes.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def describe() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.recipe.sections import ModelSection
 from mrlm_cli.training import agents, questions
 from mrlm_cli.training.agents import Frozen
-from mrlm_cli.training.machine import default_threads
+from mrlm_cli.training.machine import default_threads, keep_memory
 from mrlm_cli.training.rollout import Rollout
 
 
@@ -56,6 +56,7 @@ class Stage:
         hardware = recipe.hardware
         assert hardware.threads is not None
         torch.set_num_threads(hardware.threads)
+        keep_memory()
         self._sampling = recipe.sampling
         self._budget = recipe.optimizer.tokens_per_micro_batch
         self._phase = phase

@@ -1,0 +1,241 @@
+"""The differentiable pieces of a Llama-shaped layer, each with its own backward pass.
+
+N packed positions, H width, c the compute type (bfloat16 or the type of the residual stream). The residual stream,
+norms, rotary angles and attention are in the residual stream's type (float32, or float64 in tests); only the products
+with weight matrices, and what lies between two of them in the MLP, are in c.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mrlm_cli.kernels.packing import Packing
+from mrlm_cli.kernels.products import input_gradient, linear, weight_gradient
+
+
+class Fuse(torch.autograd.Function):
+    """Matrices [O_i, I] of one width -> one matrix [ΣO_i, I] in another type; gradients go back in their own types."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *parts: Tensor) -> Tensor:
+        ctx.parts = [(len(part), part.dtype) for part in parts]
+        fused = parts[0].new_empty((sum(len(part) for part in parts), *parts[0].shape[1:]), dtype=dtype)
+        for piece, part in zip(fused.split([len(part) for part in parts]), parts, strict=True):
+            piece.copy_(part)
+        return fused
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        pieces = gradient.split([count for count, _ in ctx.parts])
+        return None, *(
+            piece.to(dtype) if needed else None
+            for piece, (_, dtype), needed in zip(pieces, ctx.parts, ctx.needs_input_grad[1:], strict=True)
+        )
+
+
+class Linear(torch.autograd.Function):
+    """x [N,I] in c, weight [O,I] in c -> [N,O] in c."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        return input_gradient(gradient, weight), weight_gradient(gradient, x) if ctx.needs_input_grad[1] else None
+
+
+class NormLinear(torch.autograd.Function):
+    """x [N,H] of the residual stream -> rmsnorm(x) · gain, rounded to c, times weightᵀ [O,H], plus bias: [N,O] in c.
+
+    RMSNorm after Zhang & Sennrich 2019, with the mean square in x's own type: y = x / sqrt(mean(x²) + eps) · gain, and
+    dx = r · (dn − n · mean(dn · n)) for n = x · r, r the reciprocal root.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        normed = (x * scale).mul_(gain).to(weight.dtype)
+        ctx.save_for_backward(x, gain, weight, scale, normed)
+        return linear(normed, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
+        x, gain, weight, scale, normed = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        of_normed = input_gradient(gradient, weight).to(x.dtype)
+        unit = x * scale
+        of_gain = (of_normed * unit).sum(0)
+        of_unit = of_normed.mul_(gain)
+        of_x = of_unit.sub_(unit.mul_((of_unit * unit).mean(-1, keepdim=True))).mul_(scale)
+        return (
+            of_x,
+            of_gain,
+            weight_gradient(gradient, normed) if ctx.needs_input_grad[2] else None,
+            gradient.sum(0) if ctx.needs_input_grad[3] else None,
+            None,
+        )
+
+
+class SwiGLU(torch.autograd.Function):
+    """gate and up side by side [N,2I] -> silu(gate) · up [N,I]."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        out = torch.empty_like(both)
+        of_gate, of_up = out.chunk(2, dim=-1)
+        torch.mul(gradient, torch.nn.functional.silu(gate), out=of_up)
+        of_gate.copy_(torch.ops.aten.silu_backward(gradient * up, gate))
+        return out
+
+
+class Spread(torch.autograd.Function):
+    """Packed positions x [N,D] -> rows [B*T,D]; a gradient comes back summed over the rows that share a position."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return spread(x, packing)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gather(gradient, ctx.packing), None
+
+
+def spread(x: Tensor, packing: Packing) -> Tensor:
+    """x [N,D] -> [B*T,D]; places behind the end of a row repeat position 0."""
+    return x if packing.plain else x.index_select(0, packing.node.reshape(-1))
+
+
+def gather(rows: Tensor, packing: Packing) -> Tensor:
+    """rows [B*T,D], zero behind the end of each row -> sums over the rows that share a position [N,D]."""
+    if packing.plain:
+        return rows
+    # The sums of an embedding's backward pass: in a fixed order, whatever the number of threads.
+    return torch.ops.aten.embedding_dense_backward(  # type: ignore[no-any-return]
+        rows, packing.node.reshape(-1), len(packing.owner), -1, False
+    )
+
+
+class Attention(torch.autograd.Function):
+    """Causal attention with every score written out, in the residual stream's type: fastest for short rows.
+
+    projected [N,(heads+2·kv_heads)·d] in c, queries, keys and values side by side; cos, sin [N,d/2]
+    -> [N,heads·d] in c. The rotation and the scores are made again in the backward pass instead of being kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projected: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        packing: Packing,
+        heads: int,
+        kv_heads: int,
+        scaling: float,
+    ) -> Tensor:
+        ctx.save_for_backward(projected, cos, sin)
+        ctx.packing, ctx.heads, ctx.kv_heads, ctx.scaling = packing, heads, kv_heads, scaling
+        query, key, value = _rows(projected, cos, sin, packing, heads, kv_heads)
+        attended = _attention(query, key, scaling, packing) @ value  # [B*kv, g*T, d]
+        return _unhead(attended, packing, heads, kv_heads).index_select(0, packing.owner).to(projected.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        projected, cos, sin = ctx.saved_tensors
+        packing, heads, kv_heads = ctx.packing, ctx.heads, ctx.kv_heads
+        rows, longest = packing.rows
+        query, key, value = _rows(projected, cos, sin, packing, heads, kv_heads)
+        chances = _attention(query, key, ctx.scaling, packing)  # [B*kv, g*T, T]
+        width = key.shape[-1]
+        given = gradient.to(cos.dtype)
+        if not packing.plain:  # a shared position is attended from once, for all rows that hold it
+            given = given.new_zeros(rows * longest, heads * width).index_copy_(0, packing.owner, given)
+        given = _head(given.view(rows, longest, heads, width), kv_heads)  # [B*kv, g*T, d]
+        of_value = chances.transpose(1, 2) @ given
+        of_scores = given @ value.transpose(1, 2)
+        of_scores.sub_((of_scores * chances).sum(-1, keepdim=True)).mul_(chances).mul_(ctx.scaling)
+        of_query = of_scores @ key
+        of_key = of_scores.transpose(1, 2) @ query
+        out = of_key.new_empty(rows, longest, heads + 2 * kv_heads, width)
+        out[:, :, :heads] = (
+            of_query.view(rows, kv_heads, -1, longest, width)
+            .permute(0, 3, 1, 2, 4)
+            .reshape(rows, longest, heads, width)
+        )
+        out[:, :, heads:-kv_heads] = of_key.view(rows, kv_heads, longest, width).transpose(1, 2)
+        out[:, :, -kv_heads:] = of_value.view(rows, kv_heads, longest, width).transpose(1, 2)
+        of_projected = gather(out.view(rows * longest, -1), packing)
+        rotate_(of_projected.view(len(cos), -1, width)[:, : heads + kv_heads], cos, -sin)
+        return of_projected.to(projected.dtype), None, None, None, None, None, None
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate x [N,heads,d] in place by the angles of cos, sin [N,d/2]: halves (a, b) -> (a·cos − b·sin, b·cos + a·sin).
+
+    The inverse is the rotation by −sin (Su et al. 2021, in the layout of halves that transformers uses).
+    """
+    cos, sin = cos[:, None], sin[:, None]
+    first, second = x.chunk(2, dim=-1)
+    turned = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).add_(turned)
+
+
+def _rows(
+    projected: Tensor, cos: Tensor, sin: Tensor, packing: Packing, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B*kv, g*T, d], keys and values [B*kv, T, d], rotated, in the type of the angles."""
+    rows, longest = packing.rows
+    every = heads + 2 * kv_heads
+    x = projected.to(cos.dtype, copy=True).view(len(cos), every, -1)
+    rotate_(x[:, : heads + kv_heads], cos, sin)
+    wide = spread(x.view(len(cos), -1), packing).view(rows, longest, every, -1)
+    query = _head(wide[:, :, :heads], kv_heads)
+    key = wide[:, :, heads:-kv_heads].transpose(1, 2).reshape(rows * kv_heads, longest, -1)
+    value = wide[:, :, -kv_heads:].transpose(1, 2).reshape(rows * kv_heads, longest, -1)
+    return query, key, value
+
+
+def _head(x: Tensor, kv_heads: int) -> Tensor:
+    """[B,T,heads,d] -> [B*kv, g*T, d]: the g query heads that share a key head lie together."""
+    rows, longest, heads, width = x.shape
+    grouped = x.view(rows, longest, kv_heads, heads // kv_heads, width).permute(0, 2, 3, 1, 4)
+    return grouped.reshape(rows * kv_heads, heads // kv_heads * longest, width)
+
+
+def _unhead(x: Tensor, packing: Packing, heads: int, kv_heads: int) -> Tensor:
+    """[B*kv, g*T, d] -> [B*T, heads*d]."""
+    rows, longest = packing.rows
+    return x.view(rows, kv_heads, heads // kv_heads, longest, -1).permute(0, 3, 1, 2, 4).reshape(rows * longest, -1)
+
+
+def _attention(query: Tensor, key: Tensor, scaling: float, packing: Packing) -> Tensor:
+    """Attention probabilities [B*kv, g*T, T]. Rows are padded behind their end only, so causality is the whole mask."""
+    _, longest = packing.rows
+    scores = (query @ key.transpose(1, 2)).mul_(scaling)
+    later = torch.ones(longest, longest, dtype=torch.bool, device=key.device).triu_(1)
+    scores.view(len(key), -1, longest, longest).masked_fill_(later, -torch.inf)
+    return torch.softmax(scores, dim=-1)

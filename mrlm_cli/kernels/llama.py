@@ -1,0 +1,164 @@
+"""The trunk of Llama-shaped models (Llama, Mistral, Qwen2, Qwen3) over the parameters of a transformers module.
+
+transformers' own forward stays the reference: `Trunk.of` returns None for whatever is not exactly of this shape, and
+tests hold the two equal, gradients included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mrlm_cli.kernels.functions import Attention, Fuse, Linear, NormLinear, Spread, SwiGLU, rotate_
+from mrlm_cli.kernels.packing import Packing
+
+# Rows up to this long have their attention scores written out; longer ones take the fused kernel.
+WRITTEN_OUT = 384
+_FAMILIES = {f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mistral", "qwen2", "qwen3")}
+_ROTARY = {"default", "linear", "llama3", "yarn"}  # kinds whose angles depend on the position alone
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    input_norm: nn.Parameter
+    qkv: tuple[nn.Parameter, ...]
+    qkv_bias: tuple[nn.Parameter, ...]
+    head_norms: tuple[Any, Any] | None  # Qwen3: norms of each head's queries and keys
+    out: nn.Parameter
+    mlp_norm: nn.Parameter
+    gate_up: tuple[nn.Parameter, ...]
+    down: nn.Parameter
+
+
+class Trunk:
+    """Runs a transformers base model (no LM head) of Llama shape over packed positions."""
+
+    def __init__(self, model: Any, layers: list[_Layer]) -> None:
+        config = model.config
+        self._model = model
+        self._layers = layers
+        self._heads = int(config.num_attention_heads)
+        self._kv_heads = int(config.num_key_value_heads)
+        self._scaling = float(model.layers[0].self_attn.scaling)
+        self._eps = float(config.rms_norm_eps)
+
+    @staticmethod
+    def of(model: Any) -> Trunk | None:
+        """The trunk of `model`, or None if it is of another shape, hooked, or has had modules put in."""
+        if type(model).__module__ not in _FAMILIES or not hasattr(model, "layers"):
+            return None
+        config: Any = model.config
+        kinds = getattr(config, "layer_types", None) or ["full_attention"]
+        if getattr(config, "sliding_window", None) is not None or set(kinds) != {"full_attention"}:
+            return None
+        if config.hidden_act != "silu" or config.rope_parameters.get("rope_type", "default") not in _ROTARY:
+            return None
+        if getattr(config, "attention_dropout", 0.0):
+            return None
+        # Only the embedding, the rotary angles and the norms are called as modules, so only their hooks would run.
+        if any(module._forward_hooks or module._forward_pre_hooks for module in model.layers.modules()):
+            return None
+        layers = [_layer(layer) for layer in model.layers]
+        return None if None in layers else Trunk(model, [layer for layer in layers if layer is not None])
+
+    def __call__(self, packing: Packing, dtype: torch.dtype | None, checkpointing: bool) -> Tensor:
+        """Hidden states after the last norm [N,H], in the embeddings' type; weight products are in `dtype`, if given.
+
+        With `checkpointing` a layer's activations are made again in the backward pass.
+        """
+        x = self._model.embed_tokens(packing.tokens)
+        cos, sin = self._model.rotary_emb(x, packing.positions[None])
+        half = cos.shape[-1] // 2
+        angles = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        for layer in self._layers:
+            if checkpointing:
+                x = checkpoint(
+                    self._forward, layer, x, angles, packing, dtype, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = self._forward(layer, x, angles, packing, dtype)
+        hidden: Tensor = self._model.norm(x)
+        return hidden
+
+    def _forward(
+        self, layer: _Layer, x: Tensor, angles: tuple[Tensor, Tensor], packing: Packing, dtype: torch.dtype | None
+    ) -> Tensor:
+        dtype = dtype or x.dtype
+        bias = Fuse.apply(dtype, *layer.qkv_bias) if layer.qkv_bias else None
+        projected = NormLinear.apply(x, layer.input_norm, Fuse.apply(dtype, *layer.qkv), bias, self._eps)
+        if layer.head_norms is not None:
+            projected = self._norm_heads(projected, *layer.head_norms)
+        x = x + Linear.apply(self._attend(projected, angles, packing), Fuse.apply(dtype, layer.out))
+        both = NormLinear.apply(x, layer.mlp_norm, Fuse.apply(dtype, *layer.gate_up), None, self._eps)
+        return x + Linear.apply(SwiGLU.apply(both), Fuse.apply(dtype, layer.down))
+
+    def _attend(self, projected: Tensor, angles: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
+        heads, kv_heads = self._heads, self._kv_heads
+        rows, longest = packing.rows
+        if longest <= WRITTEN_OUT:
+            return Attention.apply(projected, *angles, packing, heads, kv_heads, self._scaling)
+        x = projected.to(angles[0].dtype).view(len(angles[0]), heads + 2 * kv_heads, -1)
+        turned = Rotate.apply(x[:, : heads + kv_heads], *angles).to(projected.dtype)
+        x = torch.cat([turned, x[:, heads + kv_heads :].to(projected.dtype)], dim=1).flatten(1)
+        x = Spread.apply(x, packing).view(rows, longest, heads + 2 * kv_heads, -1).transpose(1, 2)
+        query, key, value = x.split([heads, kv_heads, kv_heads], dim=1)
+        attended = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self._scaling, enable_gqa=True
+        )
+        return attended.transpose(1, 2).reshape(rows * longest, -1).index_select(0, packing.owner)
+
+    def _norm_heads(self, projected: Tensor, query_norm: Any, key_norm: Any) -> Tensor:
+        heads, kv_heads = self._heads, self._kv_heads
+        x = projected.view(len(projected), heads + 2 * kv_heads, -1)
+        query, key, value = x.split([heads, kv_heads, kv_heads], dim=1)
+        normed = [query_norm(query).to(x.dtype), key_norm(key).to(x.dtype), value]  # fp32 inside
+        return torch.cat(normed, dim=1).flatten(1)
+
+
+def plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing else: no subclass, no hooks."""
+    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+
+
+class Rotate(torch.autograd.Function):
+    """x [N,heads,d] turned by the angles of cos, sin [N,d/2]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        turned = x.clone(memory_format=torch.contiguous_format)
+        rotate_(turned, cos, sin)
+        return turned
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        turned = gradient.clone(memory_format=torch.contiguous_format)
+        rotate_(turned, cos, -sin)
+        return turned, None, None
+
+
+def _layer(layer: Any) -> _Layer | None:
+    """The parameters of a decoder layer; None if a linear layer of it is not a plain one or has an unknown bias."""
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+    others = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if any(type(each) is not nn.Linear for each in (*qkv, *others)) or any(each.bias is not None for each in others):
+        return None
+    biases = tuple(each.bias for each in qkv if each.bias is not None)
+    if len(biases) not in (0, 3):
+        return None
+    return _Layer(
+        input_norm=layer.input_layernorm.weight,
+        qkv=tuple(each.weight for each in qkv),
+        qkv_bias=biases,
+        head_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
+        out=attention.o_proj.weight,
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate_up=(mlp.gate_proj.weight, mlp.up_proj.weight),
+        down=mlp.down_proj.weight,
+    )
