@@ -99,7 +99,7 @@ class Trunk:
     def _attend(self, projected: Tensor, angles: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
         heads, kv_heads = self._heads, self._kv_heads
         rows, longest = packing.rows
-        if longest <= WRITTEN_OUT:
+        if longest <= WRITTEN_OUT and projected.device.type == "cpu":
             return Attention.apply(projected, *angles, packing, heads, kv_heads, self._scaling)
         x = projected.to(angles[0].dtype).view(len(angles[0]), heads + 2 * kv_heads, -1)
         turned = Rotate.apply(x[:, : heads + kv_heads], *angles).to(projected.dtype)
