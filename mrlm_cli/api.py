@@ -19,8 +19,10 @@ from mrlm_cli.recipe import compose
 from mrlm_cli.recipe.agents import Scripted
 from mrlm_cli.recipe.compose import Composed
 from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.records import Episode
 
 if TYPE_CHECKING:
+    from mrlm_cli.data.load import Loaded
     from mrlm_cli.envs.play import Person, Played
     from mrlm_cli.records import Split
     from mrlm_cli.training.rundir import RunDirectory
@@ -31,6 +33,15 @@ RESUMABLE = ("steps", "evaluate", "checkpoint", "report")  # what a resume may c
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), overlay: str | Path | None = None) -> Composed:
     """Read, compose and validate a recipe. Raises RecipeError."""
     return compose.load(recipe, overrides, overlay)
+
+
+def load_data(composed: Composed) -> Loaded:
+    """The rows of a recipe's data. Raises UserError for bad ones and where there is no data, MissingExtra."""
+    from mrlm_cli.data.load import of
+
+    if composed.recipe.data is None:
+        raise UserError(f"{composed.path} has no section data")
+    return of(composed.recipe.data, composed.folders)
 
 
 def fetch(name: str, to: Path | None = None) -> Path:
@@ -58,7 +69,7 @@ def train(composed: Composed, *, run_dir: Path | None = None, continue_run: bool
     from mrlm_cli.training.stage import settled
 
     path = run_dir or Path("runs") / composed.recipe.name
-    recipe = settled(composed.recipe)
+    recipe = settled(composed.recipe, composed.folders)
     recipe_yaml = compose.dump(recipe)
     if path.exists() and continue_run:
         if RunDirectory.open(path).recipe_yaml() != recipe_yaml:
@@ -126,7 +137,6 @@ def evaluate(
     from mrlm_cli.training import checkpoint as checkpoints
     from mrlm_cli.training.evaluate import evaluate as judge
     from mrlm_cli.training.stage import Stage, settled
-    from mrlm_cli.training.summary import stored
 
     run, checkpoint = _target(Path(target), best)
     folders = tuple(Path(folder) for folder in run.origin()["folders"]) if run else (Path.cwd(),)
@@ -139,6 +149,13 @@ def evaluate(
         what = "brings no recipe" if Path(target).exists() else "is no run or checkpoint here; a model brings no recipe"
         raise UserError(f"{target} {what}: say which tasks with --recipe RECIPE")
     loaded = composed.recipe
+    if loaded.data is not None:
+        if checkpoint is None:
+            raise UserError(f"{target} is no run or checkpoint; held-out rows are for those: give a recipe with tasks")
+        evaluation, episodes = _held_out_rows(settled(loaded, folders), folders, checkpoint)
+        if run is not None and recipe is None and not overrides:
+            _keep(run, evaluation, episodes, loaded)
+        return evaluation
     path = str(checkpoint / "policy") if checkpoint else target
     model = PretrainedModel(type="pretrained", path=path, chat=loaded.model.chat)
     with Stage(
@@ -162,9 +179,7 @@ def evaluate(
             findings=stage.findings(),
         )
     if run is not None and recipe is None and not overrides:
-        run.write_evaluation(
-            evaluation.step, {**asdict(evaluation), "episodes": stored(episodes, loaded.report.episodes)}
-        )
+        _keep(run, evaluation, episodes, loaded)
     return evaluation
 
 
@@ -210,6 +225,25 @@ def play(environment: str, settings: Sequence[str], *, split: Split, index: int,
         if size is not None and index >= size:
             raise UserError(f"--task {index}: {config.label} has {size} {split} tasks, from 0 to {size - 1}")
         return session(host, made.task(split, index), seed, person)
+
+
+def _keep(run: RunDirectory, evaluation: Evaluation, episodes: Sequence[Episode], recipe: Recipe) -> None:
+    from mrlm_cli.training.summary import stored
+
+    run.write_evaluation(evaluation.step, {**asdict(evaluation), "episodes": stored(episodes, recipe.report.episodes)})
+
+
+def _held_out_rows(recipe: Recipe, folders: Sequence[Path], checkpoint: Path) -> tuple[Evaluation, list[Episode]]:
+    """The checkpoint of a run on data, judged on all of its held-out rows, against the model that the run started at.
+
+    Raises UserError if the recipe holds nothing out, or the model is not there any more.
+    """
+    from mrlm_cli.envs.host import NoJournal
+    from mrlm_cli.training import held_out
+    from mrlm_cli.training.stage import Stage
+
+    with Stage(recipe, folders, journal=NoJournal(), check=lambda: None, phase=lambda name, done, total: None) as stage:
+        return held_out.of_checkpoint(stage, recipe, folders, checkpoint)
 
 
 def _run(
@@ -270,7 +304,9 @@ def _listeners(plain: bool) -> list[Listener]:
 
 def _plugin_names(recipe: Recipe) -> list[str]:
     players = [agent.player for agent in recipe.agents.values() if isinstance(agent, Scripted)]
-    return [recipe.algorithm.type, recipe.engine.type, *(each.type for each in recipe.environments), *players]
+    data = [] if recipe.data is None else [recipe.data.type]
+    named = [recipe.algorithm.type, recipe.engine.type, *data, *(each.type for each in recipe.environments)]
+    return [*named, *players]
 
 
 def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

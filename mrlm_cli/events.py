@@ -21,14 +21,14 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One evaluation. `components["exact"]` is the headline where the environment declares it."""
+    """One evaluation, of episodes of environments or of held-out rows of data (which earn no reward)."""
 
     checkpoint: str
     step: int
     split: str
     tasks: int  # tasks actually evaluated
     failed: int  # episodes that failed for a technical reason, left out
-    reward: Estimate
+    reward: Estimate | None
     components: Mapping[str, Estimate]
     pass_at: Mapping[int, float]  # {k: share of tasks with an exact answer among k episodes}; empty for one episode
     length: float  # chosen tokens an episode
@@ -38,6 +38,25 @@ class Evaluation:
     # {"environment/agent": {"reward" or component: its mean}} where an environment has several agents
     agents: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     findings: Mapping[str, float] = field(default_factory=dict)  # {"environment/finding": what it found out}
+
+    @property
+    def headline(self) -> tuple[str, Estimate]:
+        """What leads: exact, or the accuracy over pairs, where there is one; else the reward; else the loss."""
+        for name in ("exact", "accuracy"):
+            if name in self.components:
+                return name, self.components[name]
+        return ("loss", self.components["loss"]) if self.reward is None else ("reward", self.reward)
+
+    @property
+    def unit(self) -> str:
+        """What was evaluated: tasks, or rows of data."""
+        return "tasks" if self.reward is not None else "rows"
+
+    @property
+    def score(self) -> float:
+        """The headline as a number that is better when it is higher."""
+        name, estimate = self.headline
+        return -estimate.mean if name == "loss" else estimate.mean
 
     def to_json(self) -> dict[str, Any]:
         """The JSON-able form that `mrlm eval --json` prints."""

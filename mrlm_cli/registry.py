@@ -42,6 +42,16 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "rloo": "mrlm_cli.algorithms.group:RLOO",
         "reinforce++": "mrlm_cli.algorithms.group:ReinforcePlusPlus",
         "reinforce++_baseline": "mrlm_cli.algorithms.group:ReinforcePlusPlusBaseline",
+        "sft": "mrlm_cli.algorithms.sft:SFT",
+        "dpo": "mrlm_cli.algorithms.dpo:DPO",
+        "reward_model": "mrlm_cli.algorithms.reward_model:RewardModel",
+    },
+    "data": {
+        "jsonl": "mrlm_cli.data.jsonl:Jsonl",
+        "json": "mrlm_cli.data.jsonl:Json",
+        "parquet": "mrlm_cli.data.parquet:Parquet",
+        "hub": "mrlm_cli.data.hub:Hub",
+        "episodes": "mrlm_cli.data.episodes:Episodes",
     },
     "players": {},
     "engines": {

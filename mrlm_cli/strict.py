@@ -1,9 +1,9 @@
 """The base of every settings class: unknown keys are errors, values are frozen, numbers are finite and typed.
 
-And what the settings of every environment, algorithm and engine share, so that a recipe can hold them unseen.
+And what the settings of every environment, dataset, algorithm and engine share, so that a recipe can hold them unseen.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -48,8 +48,33 @@ class EnvironmentSettings(Strict):
         return self.name or self.type.rpartition(":")[2]
 
 
+class DataSettings(Strict):
+    """The settings that every dataset has."""
+
+    type: str
+    """Name of the reader: jsonl, json, parquet, hub, episodes, or ./file.py:Class."""
+    rows_per_step: Annotated[int, Field(ge=1, le=1_000_000)] = 64
+    """Rows in a step; a pair is one row."""
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Times the training rows are gone through, in place of `steps`; the last step is filled from the next epoch."""
+    max_tokens: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
+    """Longest row in tokens; by default, and at most, the model's context. A longer row is left out, and counted."""
+    validation_share: Annotated[float, Field(ge=0, le=0.9)] = 0.05
+    """Share of the prompts that is held out, chosen by a hash, where no held-out data is named; 0 evaluates nothing."""
+    bad_rows: Literal["error", "exclude"] = "error"
+    """A row that cannot be used ends the run before it begins, or is left out, counted and named."""
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a row is a pair of answers, one preferred."""
+        return False
+
+
 class AlgorithmSettings(Strict):
     """The settings that every algorithm has."""
+
+    sources: ClassVar[tuple[Literal["rollouts", "data"], ...]] = ("rollouts",)  # what it can learn from
+    pairs: ClassVar[bool] = False  # what it learns from is two episodes of one task, one preferred
 
     type: str
     """Name of the algorithm."""

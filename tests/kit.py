@@ -47,6 +47,9 @@ def tiny(folder: Path = Path(), **changes: Any) -> Recipe:
         "hardware": {"threads": 1, "device": "cpu", "deadline": 20.0},
         "engine": {"type": "cached"},
     }
+    if "data" in changes:
+        for unused in ("environments", "sampling", "engine"):
+            del fields[unused]
     for key, value in changes.items():
         other_type = isinstance(value, dict) and value.get("type") not in (None, fields.get(key, {}).get("type"))
         fields[key] = (
@@ -54,14 +57,21 @@ def tiny(folder: Path = Path(), **changes: Any) -> Recipe:
         )
     model = fields.pop("model")
     agents = {role: AGENTS[one["type"]](**one) for role, one in fields.pop("agents", {}).items()}
+    data = fields.pop("data", None)
+    engine = fields.pop("engine", None)
+    parts: dict[str, Any] = {} if data is None else {"data": settings("data", folder, **data)}
+    if "environments" in fields:
+        given = fields.pop("environments")
+        parts["environments"] = tuple(settings("environments", folder, **each) for each in given)
+    if engine is not None:
+        parts["engine"] = settings("engines", folder, **engine)
     kind = sections.ScratchModel if model["type"] == "scratch" else sections.PretrainedModel
     return Recipe(
         **{name: fields.pop(name) for name in ("name", "steps", "seed")},
         model=kind(**model),
-        environments=tuple(settings("environments", folder, **each) for each in fields.pop("environments")),
         algorithm=settings("algorithms", folder, **fields.pop("algorithm")),
-        engine=settings("engines", folder, **fields.pop("engine")),
         agents=agents,
+        **parts,
         **{name: getattr(sections, name.capitalize())(**value) for name, value in fields.items()},
     )
 
@@ -77,5 +87,5 @@ def trainer(path: Path, recipe: Recipe, *listeners: Listener, folder: Path = Pat
         run.lock(),
     ):
         made = Trainer(settled(recipe), (folder,), stage, run, announce)
-        made.engine.load(made.policy.lm)
+        made.refresh_engine()
         yield made

@@ -249,7 +249,7 @@ def test_show_says_where_each_value_comes_from(run: Run) -> None:
     [
         ("optimizer.lr", ["Peak learning rate.", "number above 0, at most 1", "1e-05"]),
         ("optimizer", ["AdamW", "lr, schedule"]),
-        ("steps", ["Iterations", "integer of at least 1", "required"]),
+        ("steps", ["Iterations", "at least 1", "data.epochs"]),
         ("model.hidden", ["type scratch", "128"]),
         ("model.value.trunk_gradient", ["type scratch, pretrained", "number of at least 0, at most 1"]),
         ("environments.digits", ["type sort_digits", "type arithmetic"]),
@@ -289,7 +289,7 @@ def test_one_kind_of_environment_is_asked_for_by_its_type(run: Run) -> None:
 
 def test_list_names_everything_and_runs(run: Run, tmp_path: Path) -> None:
     found = json.loads(run("list", "--json")[1])
-    assert set(found) == {"recipes", "fragments", "environments", "algorithms", "engines", "metrics", "runs"}
+    assert set(found) == {"recipes", "fragments", "environments", "algorithms", "data", "engines", "metrics", "runs"}
     assert "ppo" in found["algorithms"]
     assert "hardware/cpu" in found["fragments"]
     assert found["recipes"]["quickstart"].startswith("PPO from scratch")

@@ -6,9 +6,11 @@ count: checking or printing a value is not obeying it.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,8 @@ from mrlm_cli.algorithms.group_settings import GroupKL, GroupSettings
 from mrlm_cli.recipe import compose, sections
 from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.records import Message, Reply
-from mrlm_cli.strict import AlgorithmSettings, EngineSettings, EnvironmentSettings, Strict
+from mrlm_cli.strict import AlgorithmSettings, DataSettings, EngineSettings, EnvironmentSettings, Strict
+from tests.data_helpers import jsonl, pair_row, two_turns
 from tests.kit import tiny, trainer
 
 ROOT = str(Path(compose.__file__).parent.parent)
@@ -69,7 +72,7 @@ def owner(settings: type[BaseModel]) -> type[BaseModel]:
 
 def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, Strict):
-        if annotation not in (AlgorithmSettings, EngineSettings, EnvironmentSettings):
+        if annotation not in (AlgorithmSettings, DataSettings, EngineSettings, EnvironmentSettings):
             yield annotation
         return
     for part in getattr(annotation, "__args__", ()):
@@ -97,6 +100,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     return found
 
 
+PAIRS = {"path": "pairs.jsonl", "form": "pairs", "bad_rows": "exclude"}
 RUNS: list[dict[str, Any]] = [
     {},
     {
@@ -148,15 +152,47 @@ RUNS: list[dict[str, Any]] = [
         },
         "sampling": {"tasks_per_step": 2, "episodes_per_task": 2},
     },
+    {"algorithm": {"type": "sft", "observation_weight": 0.5}, "data": {"type": "jsonl", "path": "chat.jsonl"}},
+    {
+        "algorithm": {"type": "sft"},
+        "data": {"type": "json", "path": "completion.json", "form": "completion", "epochs": 1.0, "rows_per_step": 2},
+        "steps": 0,
+    },
+    {
+        "algorithm": {"type": "sft"},
+        "data": {"type": "parquet", "path": "chat.parquet", "max_tokens": 30},
+    },
+    {"algorithm": {"type": "dpo", "label_smoothing": 0.1}, "data": {"type": "jsonl", **PAIRS}},
+    {"algorithm": {"type": "reward_model"}, "data": {"type": "jsonl", **PAIRS}},
+    {"algorithm": {"type": "sft"}, "data": {"type": "hub", "path": "owner/name"}},
+    {
+        "algorithm": {"type": "sft"},
+        "data": {"type": "episodes", "path": "run0", "min_reward": -9.0, "component": "match"},
+    },
 ]
 
 
-def test_every_field_is_read(tmp_path: Path, reads: set[tuple[str, str]]) -> None:
+def write_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the recipes in RUNS read from the working directory, and a hub that has the same rows."""
+    from pyarrow import Table, parquet
+
+    monkeypatch.chdir(folder)
+    rows = [two_turns(f"{number}4") for number in range(5)]
+    jsonl(folder / "chat.jsonl", rows)
+    parquet.write_table(Table.from_pylist(rows), folder / "chat.parquet")
+    (folder / "completion.json").write_text(json.dumps([{"prompt": f"{n}", "completion": "1"} for n in range(5)]))
+    jsonl(folder / "pairs.jsonl", [pair_row("21"), pair_row("43"), {}])
+    hub = SimpleNamespace(load_dataset=lambda *_, **__: rows)
+    monkeypatch.setitem(sys.modules, "datasets", hub)  # type: ignore[arg-type]
+
+
+def test_every_field_is_read(tmp_path: Path, reads: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     from mrlm_cli.training import loop
     from mrlm_cli.training.stopping import Stopper
 
     with trainer(tmp_path / "refused", tiny(sampling={"max_tokens": 6, "max_new_tokens": 4})) as made:
         loop.iteration(made)  # no prompt fits, so the iteration is refused
+    write_data(tmp_path, monkeypatch)
     for number, changes in enumerate(RUNS):
         recipe = tiny(**{"checkpoint": {"every": 1}, "steps": 1, **changes})
         with trainer(tmp_path / f"run{number}", recipe) as made:

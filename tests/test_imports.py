@@ -11,12 +11,13 @@ import mrlm_cli
 
 ROOT = Path(mrlm_cli.__file__).parent
 BASE = {"__init__", "errors", "records", "strict", "registry", "metrics", "draws", "events", "schedules"}
-EXTRAS = {"gguf", "accelerate", "vaderSentiment", "math_verify", "reasoning_gym", "pyarrow"}
+EXTRAS = {"gguf", "accelerate", "vaderSentiment", "math_verify", "reasoning_gym", "pyarrow", "datasets"}
 # package -> (our packages, third parties); a package may always import itself, the base and the standard library
 TABLE: dict[str, tuple[set[str], set[str]]] = {
     "base": (set(), {"pydantic"}),
     "recipe": (set(), {"pydantic", "pydantic_core", "yaml"}),
     "envs": (set(), {"pydantic"} | EXTRAS),
+    "data": (set(), {"pydantic"} | EXTRAS),
     "formulas": (set(), {"torch"}),
     "algorithms": ({"formulas"}, {"pydantic"}),
     "kernels": (set(), {"torch", "numpy"}),
@@ -26,15 +27,15 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "engines": ({"formulas", "kernels"}, {"pydantic", "torch", "transformers"}),
     "training": (
-        {"recipe", "envs", "formulas", "algorithms", "policy", "engines"},
+        {"recipe", "envs", "data", "formulas", "algorithms", "policy", "engines"},
         {"pydantic", "torch", "transformers", "safetensors", "tokenizers", "yaml", "numpy"},
     ),
     "report": ({"recipe"}, {"rich"}),
-    "api": ({"recipe", "envs", "formulas", "algorithms", "policy", "engines", "training", "report"}, {"rich"}),
+    "api": ({"recipe", "envs", "data", "formulas", "algorithms", "policy", "engines", "training", "report"}, {"rich"}),
     "cli": ({"recipe", "report", "api"}, {"typer", "rich"}),
 }
 # no torch at import: only inside functions
-LAZY = {"base", "recipe", "envs", "algorithms", "report", "api", "cli"}
+LAZY = {"base", "recipe", "envs", "data", "algorithms", "report", "api", "cli"}
 
 
 def package(path: Path) -> str:

@@ -103,7 +103,7 @@ def test_the_default_settings_of_every_section_are_explained() -> None:
     assert (
         described["optimizer.betas"].type == "list of 2: number of at least 0, below 1; number of at least 0, below 1"
     )
-    assert (described["steps"].default, described["optimizer.warmup"].default) == ("required", "0")
+    assert (described["steps"].default, described["optimizer.warmup"].default) == ("0", "0")
 
 
 def test_every_setting_has_a_sentence() -> None:
@@ -121,7 +121,7 @@ def test_the_json_schema_knows_every_key() -> None:
     references = {part.partition('"')[0] for part in text.split('"$ref": "#/$defs/')[1:]}
     assert references
     assert references <= set(schema["$defs"])
-    assert set(schema["required"]) == {"name", "steps", "model", "environments", "algorithm"}
+    assert set(schema["required"]) == {"name", "model", "algorithm"}
 
 
 def test_a_scratch_section_of_each_tokenizer_has_its_vocabulary() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mrlm_cli.algorithms.settings import ReferenceSync
 from mrlm_cli.metrics import Sums
@@ -22,6 +22,11 @@ class Needs:
     values: bool  # a value function, and its values before the first update
     reference: bool  # log-probs of the reference: the policy as loaded, unless `sync` moves it
     sync: ReferenceSync | None = None  # how the reference follows the policy
+    old: bool = True  # log-probs (and values, if needed at all) before the first update of an iteration
+    logprobs: bool = True  # the LM head in the update
+    entropy: bool = True  # entropies in the update
+    observed: bool = False  # log-probs of observations too
+    pairs: bool = False  # a unit is all episodes of one group, among them a preferred one; else it is one episode
 
 
 class Algorithm(Protocol):
@@ -52,3 +57,11 @@ class Algorithm(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave."""
+
+
+@runtime_checkable
+class Judged(Algorithm, Protocol):
+    """An algorithm that learns from data and can therefore be judged on rows held out."""
+
+    def judge(self, out: PolicyOut, batch: Batch) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """name -> (sum, count) of each unit [U], `loss` among them, on a credited batch; undivided."""

@@ -20,6 +20,7 @@ def listed(kind: str | None) -> dict[str, dict[str, str]]:
         "fragments": lambda: _files("configs"),
         "environments": lambda: _registered("environments"),
         "algorithms": lambda: _registered("algorithms"),
+        "data": lambda: _registered("data"),
         "engines": lambda: _registered("engines"),
         "metrics": lambda: {name: metric.sentence for name, metric in METRICS.items()},
         "runs": _runs,

@@ -18,6 +18,7 @@ EXTRAS = {
     "math": ("math_verify",),
     "reasoning": ("reasoning_gym",),
     "parquet": ("pyarrow",),
+    "hub": ("datasets",),
 }
 
 
@@ -33,7 +34,14 @@ def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:
     for environment in recipe.environments:  # an environment raises MissingExtra when it is made
         registry.resolve("environments", environment.type, composed.folders)(environment)
     names = ", ".join(environment.label for environment in recipe.environments)
-    print(f"{composed.path.name}: {recipe.algorithm.type} on {names} for {recipe.steps} steps, into {run_dir}")
+    steps = recipe.steps
+    if recipe.data is not None:
+        loaded = api.load_data(composed)
+        names = f"{len(loaded.train)} rows of data ({len(loaded.validation)} held out)"
+        if recipe.data.epochs is not None:
+            steps = loaded.steps(recipe.data.epochs, recipe.data.rows_per_step)
+        print("".join(f"{note}\n" for note in loaded.notes()), end="")
+    print(f"{composed.path.name}: {recipe.algorithm.type} on {names} for {steps} steps, into {run_dir}")
     print("\n".join(derived_lines(derive(recipe, composed.folders))))
     print("dry run: everything above was checked, nothing was built, trained or written")
 

@@ -123,9 +123,10 @@ def _show(evaluation: Evaluation, as_json: bool) -> None:
     if as_json:
         print_json(evaluation.to_json())
         return
-    held_out = f"{evaluation.tasks} held-out tasks of split {evaluation.split}"
+    held_out = f"{evaluation.tasks} held-out {evaluation.unit} of split {evaluation.split}"
     print(f"{evaluation.checkpoint}, step {evaluation.step}: {held_out}")
-    for name, estimate in {**evaluation.components, "reward": evaluation.reward}.items():
+    reward = {} if evaluation.reward is None else {"reward": evaluation.reward}
+    for name, estimate in {**evaluation.components, **reward}.items():
         print(f"  {name:<20} {estimate.mean:.3f}  95 % interval {estimate.low:.3f} to {estimate.high:.3f}")
     for count, share in evaluation.pass_at.items():
         print(f"  pass@{count:<15} {share:.3f}")

@@ -110,6 +110,26 @@ class Chat:
         guard = _guard((Message("assistant", text),))
         return (*self._encode(self._marked(text, guard), guard), self.end_tokens[0])
 
+    def write(self, message: Message) -> tuple[int, ...]:
+        """An assistant's message as the policy would have to write it after the header, the end token last.
+
+        The template's own words where it writes the message behind its header (tool calls, trimmed text), else the
+        content. Raises UserError for tool calls without a template.
+        """
+        guard = _guard([message])
+        if not self._plain:
+            asked = [Message("user", "x")]
+            header = self._render(asked, (), guard, header=True)
+            whole = self._render([*asked, message], (), guard, header=False)
+            if whole.startswith(header):
+                tokens = self._encode(whole[len(header) :], guard)
+                ends = [place for place, token in enumerate(tokens) if token in self.end_tokens]
+                if ends:
+                    return tokens[: ends[0] + 1]
+        if message.tool_calls:
+            raise UserError("a message with tool calls cannot be written without a chat template that knows them")
+        return self.reply(message.content)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones included, nothing cleaned away."""
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -18,11 +18,11 @@ _CHUNK_LOGITS = 2**25  # logits held at once by a scoring pass, a rule of formul
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """What `mrlm show` adds to a recipe. None: not to be known without the model's files."""
+    """What `mrlm show` adds to a recipe. None: not to be known without the files of the model, or of the data."""
 
     episodes_per_step: int
     optimizer_steps_per_iteration: int
-    optimizer_steps: int
+    optimizer_steps: int | None
     chosen_tokens_per_step_at_most: int | None
     tokens_per_step_at_most: int | None
     policy_parameters: int | None
@@ -34,11 +34,12 @@ def derive(recipe: Recipe, folders: Sequence[Path] = ()) -> Derived:
     """The numbers; `folders` are where a plugin's file lies. Raises CheckpointError for unreadable model files."""
     sampling, optimizer, episodes = recipe.sampling, recipe.optimizer, recipe.episodes_per_step
     found = shape.of(recipe.model)
-    longest = sampling.max_tokens if found is None or found.context is None else found.context
-    if longest is not None and sampling.max_tokens is not None:
-        longest = min(longest, sampling.max_tokens)
-    chosen = sampling.max_new_tokens * sampling.max_turns
-    if longest is not None:
+    limit = sampling.max_tokens if recipe.data is None else recipe.data.max_tokens
+    longest = limit if found is None or found.context is None else found.context
+    if longest is not None and limit is not None:
+        longest = min(longest, limit)
+    chosen = sampling.max_new_tokens * sampling.max_turns if recipe.data is None else longest
+    if longest is not None and chosen is not None:
         chosen = min(chosen, longest - 1)  # a prompt has at least one token
     needs = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm).needs
     value = None if found is None else shape.value_parameters(recipe.model, found) if needs.values else 0
@@ -49,8 +50,8 @@ def derive(recipe: Recipe, folders: Sequence[Path] = ()) -> Derived:
     return Derived(
         episodes_per_step=episodes,
         optimizer_steps_per_iteration=steps,
-        optimizer_steps=steps * recipe.steps,
-        chosen_tokens_per_step_at_most=episodes * chosen,
+        optimizer_steps=steps * recipe.steps or None,
+        chosen_tokens_per_step_at_most=None if chosen is None else episodes * chosen,
         tokens_per_step_at_most=None if longest is None else episodes * longest,
         policy_parameters=None if found is None else found.parameters,
         value_parameters=value,
@@ -74,6 +75,10 @@ def _memory(recipe: Recipe, found: Shape, value: int, longest: int, reference: b
     )
     trunks = 2 if value and recipe.model.value.type == "separate" else 1
     logits = 2 * 4 * min(tokens * found.vocabulary, _CHUNK_LOGITS)  # themselves and their gradient
-    cached = min(recipe.episodes_per_step * longest, getattr(recipe.engine, "max_cached_tokens", 2**63))
+    cached = (
+        0
+        if recipe.data is not None
+        else min(recipe.episodes_per_step * longest, getattr(recipe.engine, "max_cached_tokens", 2**63))
+    )
     keys = cached * found.layers * 2 * found.key_width * number
     return _PROCESS + weights + copies + max(tokens * layers * trunks + logits, keys)

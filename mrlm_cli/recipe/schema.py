@@ -7,9 +7,16 @@ them. What several sections decide together is checked here.
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, SerializeAsAny, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from mrlm_cli import registry
@@ -25,7 +32,7 @@ from mrlm_cli.recipe.sections import (
     Sampling,
     ScratchModel,
 )
-from mrlm_cli.strict import AlgorithmSettings, EngineSettings, EnvironmentSettings, Strict
+from mrlm_cli.strict import AlgorithmSettings, DataSettings, EngineSettings, EnvironmentSettings, Strict
 
 MODELS: dict[str, type[ScratchModel] | type[PretrainedModel]] = {
     "scratch": ScratchModel,
@@ -33,6 +40,7 @@ MODELS: dict[str, type[ScratchModel] | type[PretrainedModel]] = {
 }
 PLUGINS: dict[str, tuple[str, type[Strict]]] = {  # section -> kind in the registry, base of its Config
     "environments": ("environments", EnvironmentSettings),
+    "data": ("data", DataSettings),
     "algorithm": ("algorithms", AlgorithmSettings),
     "engine": ("engines", EngineSettings),
 }
@@ -57,8 +65,8 @@ class Head(Strict):
     """Name of the run directory under runs/: letters, digits, `.`, `_` and `-`, not beginning with `.` or `-`."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """What every draw of the run is a function of."""
-    steps: Annotated[int, Field(ge=1, le=1_000_000_000)]
-    """Iterations of rollout and update; schedules run over them."""
+    steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
+    """Iterations of rollout and update, at least 1; schedules run over them. Left out where data.epochs says it."""
 
 
 def _default_engine() -> EngineSettings:
@@ -71,10 +79,12 @@ class Recipe(Head):
 
     model: ModelSection
     """The policy and its value function."""
-    environments: Annotated[tuple[SerializeAsAny[EnvironmentSettings], ...], Field(min_length=1, strict=False)]
-    """What the policy learns from; tasks are shared out by `weight`."""
+    environments: Annotated[tuple[SerializeAsAny[EnvironmentSettings], ...], Field(strict=False)] = ()
+    """What the policy learns from; tasks are shared out by `weight`. At least one, unless the algorithm takes data."""
     agents: dict[str, Agent] = Field(default_factory=dict)
     """Who speaks for each role of environments with several; what is not named is the policy that learns."""
+    data: SerializeAsAny[DataSettings] | None = None
+    """Rows to learn from, for algorithms that take data instead of environments."""
     sampling: Sampling = Sampling()
     """What one step draws."""
     algorithm: SerializeAsAny[AlgorithmSettings]
@@ -93,9 +103,24 @@ class Recipe(Head):
     """What is written down besides metrics."""
 
     @property
+    def units_per_step(self) -> int:
+        """What an iteration is made of and no minibatch splits: episodes, groups of them, or rows of data."""
+        if self.data is not None:
+            return self.data.rows_per_step
+        return self.sampling.tasks_per_step if self.algorithm.pairs else self.episodes_per_step
+
+    @property
     def episodes_per_step(self) -> int:
-        """Episodes sampled for one iteration."""
+        """Episodes of one iteration."""
+        if self.data is not None:
+            return self.data.rows_per_step * (2 if self.data.pairs else 1)
         return self.sampling.tasks_per_step * self.sampling.episodes_per_task
+
+    @model_serializer(mode="wrap")
+    def _used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the sections that the source of episodes makes meaningless: what is written loads back."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name not in _unused(self)}
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
@@ -106,6 +131,36 @@ class Recipe(Head):
         return self
 
 
+def _unused(recipe: Recipe) -> tuple[str, ...]:
+    """Sections that the recipe's source of episodes does not use."""
+    return ("data",) if recipe.data is None else ("environments", "agents", "sampling", "engine")
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Whether the algorithm learns from what the recipe gives it."""
+    kind, sources = recipe.algorithm.type, recipe.algorithm.sources
+    if recipe.data is not None and "data" not in sources:
+        yield ("data",), f"algorithm {kind} learns from environments and uses no data"
+        return
+    if recipe.data is None:
+        if recipe.environments:
+            if "rollouts" not in sources:
+                yield ("environments",), f"algorithm {kind} learns from data and uses no environments"
+        else:
+            yield ("environments" if "rollouts" in sources else "data",), "required, and missing"
+        return
+    for name in _unused(recipe):
+        if name in recipe.model_fields_set:
+            yield (name,), f"algorithm {kind} on data uses no {name}"
+    for name in ("episodes_per_task", "temperature"):
+        if name in recipe.evaluate.model_fields_set and getattr(recipe.evaluate, name) != getattr(Evaluate(), name):
+            yield ("evaluate", name), "held-out rows of data are not sampled"
+    if recipe.algorithm.pairs != recipe.data.pairs:
+        wanted_form = "pairs" if recipe.algorithm.pairs else "chat or completion"
+        given = getattr(recipe.data, "form", recipe.data.type)
+        yield ("data", "form"), f"got {given}; algorithm {kind} learns from form {wanted_form}"
+
+
 def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """(path, what is wrong) for each contradiction between sections."""
     seen: Counter[str] = Counter()
@@ -113,6 +168,22 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
         seen[environment.label] += 1
         if seen[environment.label] > 1:
             yield ("environments", index), f"a second environment called {environment.label!r}; give it a `name`"
+    epochs = None if recipe.data is None else recipe.data.epochs
+    if recipe.steps == 0 and epochs is None:
+        hint = "" if recipe.data is None else ", or data.epochs"
+        yield ("steps",), f"got 0; expected a number of at least 1{hint}"
+    if recipe.steps > 0 and epochs is not None:
+        yield ("steps",), "steps and data.epochs exclude each other"
+    yield from _sources(recipe)
+    if recipe.optimizer.minibatches > recipe.units_per_step:
+        unit = "rows" if recipe.data is not None else "tasks" if recipe.algorithm.pairs else "episodes"
+        yield (
+            ("optimizer", "minibatches"),
+            f"got {recipe.optimizer.minibatches}; expected at most the {recipe.units_per_step} {unit} of a step",
+        )
+    if recipe.data is not None:
+        yield from _data_limits(recipe, recipe.data)
+        return
     sampling = recipe.sampling
     if recipe.algorithm.compares_episodes and sampling.episodes_per_task < 2:
         yield (
@@ -136,8 +207,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
             f"got {sampling.max_new_tokens}; expected less than max_tokens = {sampling.max_tokens}, "
             "which holds the prompt too",
         )
-    if recipe.optimizer.minibatches > recipe.episodes_per_step:
-        yield (
-            ("optimizer", "minibatches"),
-            f"got {recipe.optimizer.minibatches}; expected at most the {recipe.episodes_per_step} episodes of a step",
-        )
+
+
+def _data_limits(recipe: Recipe, data: DataSettings) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    if isinstance(recipe.model, ScratchModel) and data.max_tokens is not None:
+        context = recipe.model.context
+        if data.max_tokens > context:
+            yield ("data", "max_tokens"), f"got {data.max_tokens}; expected at most model.context = {context}"

@@ -23,6 +23,7 @@ VARIANTS: dict[str, Mapping[str, type[Strict]]] = {
     "model": MODELS,
     "agents": AGENTS,
 }  # whose `type` is of a fixed table
+_FILES = (".gguf", ".jsonl", ".json", ".parquet")  # a bare word that ends so is a file
 SCIENCE = ("algorithm", "environments", "data")  # a file with none of these is a fragment
 
 
@@ -33,9 +34,13 @@ def recipe(tree: Node, folders: Sequence[Path]) -> Recipe:
     for name, info in Recipe.model_fields.items():
         if name not in mapping(tree) and name not in Head.model_fields and name not in parts and info.is_required():
             problems.add(tree.mark, name, "required, and missing")
+    if not {"environments", "data"} & mapping(tree).keys():
+        sources = getattr(parts.get("algorithm"), "sources", ("rollouts",))
+        problems.add(tree.mark, "environments" if "rollouts" in sources else "data", "required, and missing")
     head = _head(tree, problems, whole=True)
+    _check_steps(tree, problems)
     problems.raise_if_any()
-    if "agents" in parts:
+    if {"agents", "environments"} <= parts.keys():
         roles.check(mapping(tree)["agents"], parts["agents"], parts["environments"], folders, problems)
         problems.raise_if_any()
     try:
@@ -48,6 +53,16 @@ def recipe(tree: Node, folders: Sequence[Path]) -> Recipe:
                 problems.add(node.mark, ".".join(map(str, location)), text)
         problems.raise_if_any()
         raise
+
+
+def _check_steps(tree: Node, problems: Problems) -> None:
+    """The number of steps is needed, and above 0, unless data.epochs stands for it."""
+    epochs = mapping(mapping(tree)["data"]).get("epochs") if "data" in mapping(tree) else None
+    steps = mapping(tree).get("steps")
+    if steps is None and epochs is None:
+        problems.add(tree.mark, "steps", "required, and missing")
+    elif steps is not None and steps.plain == 0 and epochs is None:
+        problems.add(steps.mark, "steps", "got 0; expected a number of at least 1")
 
 
 def fragment(tree: Node, folders: Sequence[Path]) -> dict[str, Any]:
@@ -67,8 +82,8 @@ def mapping(node: Node) -> dict[str, Node]:
 def absolute(tree: Node, folders: Sequence[Path]) -> Node:
     """The tree with every relative path that exists in one of `folders` made absolute; the others as written.
 
-    Paths are `model.path`, `model.value.path`, those of agents, the files in `./file.py:Class`, and text settings of
-    environments called `path` or ending in `_path`.
+    Paths are `model.path`, `model.value.path`, `data.path`, `data.validation_path`, those of agents, the files in
+    `./file.py:Class`, and text settings of environments called `path` or ending in `_path`.
     """
     for path in list(_paths(tree)):
         tree = _replaced(tree, path, folders)
@@ -78,6 +93,8 @@ def absolute(tree: Node, folders: Sequence[Path]) -> Node:
 def _paths(tree: Node) -> Iterator[tuple[str | int, ...]]:
     yield ("model", "path")
     yield ("model", "value", "path")
+    for name in ("type", "path", "validation_path"):
+        yield ("data", name)
     yield ("algorithm", "type")
     yield ("engine", "type")
     agents = mapping(tree).get("agents")
@@ -109,7 +126,7 @@ def _replaced(node: Node, path: Sequence[str | int], folders: Sequence[Path]) ->
 def _found(text: str, folders: Sequence[Path]) -> str:
     file, colon, name = text.rpartition(":")
     place = file if colon and file.endswith(".py") else text
-    if not place or "\0" in place or (place == text and "/" not in place and not place.endswith(".gguf")):
+    if not place or "\0" in place or (place == text and "/" not in place and not place.endswith(_FILES)):
         return text  # a registered name; a bare word beside a folder of the same name stays a hub id
     for folder in folders:
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.text import Text
 
-from mrlm_cli.events import Estimate, Evaluation
+from mrlm_cli.events import Evaluation
 from mrlm_cli.report import words
 from mrlm_cli.report.series import Series, plot
 from mrlm_cli.report.text import duration, number, printable, shorten
@@ -50,12 +50,6 @@ class State:
     saved: int | None = None
     warning: str = ""
     episodes: Sequence[Shown] = ()
-
-
-def headline(evaluation: Evaluation) -> tuple[str, Estimate]:
-    """(name, estimate) of what leads: exact where an environment declares it, else the reward."""
-    exact = evaluation.components.get("exact")
-    return ("exact", exact) if exact is not None else ("reward", evaluation.reward)
 
 
 def lines(state: State, width: int, height: int, unicode: bool = True) -> list[Text]:
@@ -133,7 +127,7 @@ def _held_out(state: State) -> Text:
     if state.evaluation is None:
         return Text("held out: not evaluated yet", style="dim")
     evaluation = state.evaluation
-    name, estimate = headline(evaluation)
+    name, estimate = evaluation.headline
     text = Text.assemble(
         f"held-out {name} ",
         (f"{estimate.mean:.2f}", "bold green"),
@@ -141,11 +135,11 @@ def _held_out(state: State) -> Text:
     )
     if state.best is not None:
         text.append(f", best {state.best[0]:.2f} at {state.best[1]}")
-    if name != "reward":
+    if evaluation.reward is not None and name != "reward":
         text.append(f"  reward {evaluation.reward.mean:.2f}")
     for finding, value in evaluation.findings.items():
         text.append(f"  {printable(finding)} {value:.4f}")
-    text.append(f"  {evaluation.tasks} tasks", "dim")
+    text.append(f"  {evaluation.tasks} {evaluation.unit}", "dim")
     if evaluation.failed:
         text.append(f"  {evaluation.failed} failed", "yellow")
     return text
@@ -201,8 +195,8 @@ def _episodes(state: State, width: int, unicode: bool) -> list[Text]:
 
 def _curves(state: State, width: int, rows: int, unicode: bool) -> list[Text]:
     """The held-out headline and the training reward, side by side where there is room, else the headline alone."""
-    name = headline(state.evaluation)[0] if state.evaluation is not None else "exact"
-    held_range = (0.0, 1.0) if name == "exact" else _range(state.held_out)
+    name = state.evaluation.headline[0] if state.evaluation is not None else "exact"
+    held_range = (0.0, 1.0) if name in ("exact", "accuracy") else _range(state.held_out)
     held = (f"held-out {name}", state.held_out, held_range, "green")
     reward = ("training reward", state.reward, _range(state.reward), "cyan")
     pictures = [held, reward] if width >= 50 else [held if state.held_out.points else reward]

@@ -82,7 +82,7 @@ class Dashboard(Listener):
         """See Listener."""
         with self._lock:
             self._state.evaluation = evaluation
-            self._held_out(evaluation.step, board.headline(evaluation)[1].mean)
+            self._held_out(evaluation)
 
     def saved(self, step: int, path: Path) -> None:
         """See Listener."""
@@ -167,9 +167,8 @@ class Dashboard(Listener):
                 if "reward" in row:
                     self._state.reward.add(row["step"], row["reward"])
             for one in read_evaluations(run):
-                exact = one["components"].get("exact")
-                self._held_out(one["step"], (one["reward"] if exact is None else exact)["mean"])
                 self._state.evaluation = _evaluation(one)
+                self._held_out(self._state.evaluation)
         except (OSError, ValueError, KeyError, TypeError) as error:
             self._state.warning = self._text(f"the curves begin here, as earlier steps could not be read: {error}")
 
@@ -181,10 +180,12 @@ class Dashboard(Listener):
         """What the terminal's encoding can hold of `text`, the rest escaped."""
         return text if self._unicode else text.encode("ascii", "backslashreplace").decode("ascii")
 
-    def _held_out(self, step: int, value: float) -> None:
-        self._state.held_out.add(step, value)
-        if self._state.best is None or value > self._state.best[0]:
-            self._state.best = (value, step)
+    def _held_out(self, evaluation: Evaluation) -> None:
+        value, falls = evaluation.headline[1].mean, evaluation.headline[0] == "loss"
+        self._state.held_out.add(evaluation.step, value)
+        best = self._state.best
+        if best is None or (value < best[0] if falls else value > best[0]):
+            self._state.best = (value, evaluation.step)
 
 
 def _evaluation(row: Mapping[str, Any]) -> Evaluation:
@@ -195,7 +196,7 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
         split=row["split"],
         tasks=row["tasks"],
         failed=row["failed"],
-        reward=Estimate(**row["reward"]),
+        reward=None if row["reward"] is None else Estimate(**row["reward"]),
         components={name: Estimate(**estimate) for name, estimate in row["components"].items()},
         pass_at={},
         length=row["length"],

@@ -67,12 +67,12 @@ class PlainLines(Listener):
         """See Listener."""
         exact = evaluation.components.get("exact")
         self._exact = None if exact is None else exact.mean
-        tasks = f"of {evaluation.tasks} held-out tasks"
-        reward = f"reward {evaluation.reward.mean:.2f}"
-        if exact is not None:
-            said = f"exact {_interval(exact)} {tasks}, {reward}"
-        else:
-            said = f"{reward} [{evaluation.reward.low:.2f}, {evaluation.reward.high:.2f}] {tasks}"
+        name, estimate = evaluation.headline
+        said = f"{name} {_interval(estimate)} of {evaluation.tasks} held-out {evaluation.unit}"
+        if evaluation.reward is not None and name != "reward":
+            said += f", reward {evaluation.reward.mean:.2f}"
+        if evaluation.reward is None and name != "loss":
+            said += f", loss {evaluation.components['loss'].mean:.4g}"
         if evaluation.failed:
             said += f", {evaluation.failed} failed and left out"
         said += "".join(f", {name} {value:.4f}" for name, value in evaluation.findings.items())

@@ -9,12 +9,13 @@ import torch
 from mrlm_cli.records import Batch, Episode
 
 
-def collate(episodes: Sequence[Episode], device: str) -> Batch | None:
+def collate(episodes: Sequence[Episode], device: str, *, pairs: bool = False, observed: bool = False) -> Batch | None:
     """A batch of the episodes that can be trained on; None if there is none.
 
     Left out are those that failed, hold no chosen token, or belong to a group that the algorithm does not keep.
 
-    Weights are the mask and mass the number of chosen tokens, until an algorithm says otherwise.
+    Weights are the mask and mass the number of chosen tokens, until an algorithm says otherwise. With `pairs` the
+    episodes of a group are one unit; with `observed` observations are marked, and scored too.
     """
     rows = [(number, one) for number, one in enumerate(episodes) if trainable(one)]
     if not rows:
@@ -31,27 +32,38 @@ def collate(episodes: Sequence[Episode], device: str) -> Batch | None:
     for row, (_, one) in enumerate(rows):
         mask[row, one.chosen] = True
     mask = mask.to(device)
+    seen = _observations(rows, longest).to(device) if observed else None
     groups = {name: number for number, name in enumerate(dict.fromkeys(one.group for _, one in rows))}
     return Batch(
         tokens=padded((one.tokens for _, one in rows), torch.int64),
         lengths=column((len(one.tokens) for _, one in rows), torch.int64),
         mask=mask,
-        score=mask,
+        score=mask if seen is None else mask | seen,
         logprobs=padded((one.logprobs for _, one in rows), torch.float32),
         rewards=padded((one.rewards for _, one in rows), torch.float32),
         weights=mask.float(),
         mass=mask.sum(1).float(),
         episode=column((number for number, _ in rows), torch.int64),
         group=column((groups[one.group] for _, one in rows), torch.int64),
-        unit=column(range(len(rows)), torch.int64),
+        unit=column((groups[one.group] for _, one in rows) if pairs else range(len(rows)), torch.int64),
         truncated=column((one.stop in ("length", "turns") for _, one in rows), torch.bool),
         ended=column((one.ended for _, one in rows), torch.bool),
+        observed=seen,
     )
 
 
 def trainable(episode: Episode) -> bool:
     """Whether an episode may enter a batch."""
     return episode.stop != "failed" and episode.left_out is None and bool(episode.chosen)
+
+
+def _observations(rows: Sequence[tuple[int, Episode]], longest: int) -> torch.Tensor:
+    seen = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for row, (_, one) in enumerate(rows):
+        for span in one.spans:
+            if span.kind == "observation":
+                seen[row, span.start : span.end] = True
+    return seen
 
 
 def unit_rows(batch: Batch) -> dict[int, list[int]]:

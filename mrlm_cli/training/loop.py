@@ -31,7 +31,7 @@ def run(trainer: Trainer, stopper: Stopper) -> None:
     gc.collect()
     gc.freeze()  # what lives by now lives on: the collector need not walk through torch's and transformers' objects
     try:
-        trainer.engine.load(trainer.policy.lm)
+        trainer.refresh_engine()
         if trainer.evaluation_due() and not trainer.run.has_evaluation(trainer.step):
             trainer.evaluate()  # the untrained policy is evaluation 0
             if trainer.checkpoint_due():  # a signal came before this evaluation, which may have found the best step
@@ -70,7 +70,8 @@ def iteration(trainer: Trainer) -> None:
         raise
     sampled = time.perf_counter()
     sums.update(episode_metrics(episodes, trainer.environments))
-    batch = collate(episodes, recipe.hardware.device)
+    needs = trainer.needs
+    batch = collate(episodes, recipe.hardware.device, pairs=needs.pairs, observed=needs.observed)
     scored = sampled
     if batch is None and any(one.left_out is not None for one in episodes):
         sums.add("skipped_steps", recipe.optimizer.passes * recipe.optimizer.minibatches)
@@ -79,11 +80,13 @@ def iteration(trainer: Trainer) -> None:
         trainer.updater.refuse(Refused("every episode failed", []))
         sums.add("skipped_steps", recipe.optimizer.passes * recipe.optimizer.minibatches)
     else:
+        if trainer.cached_reference is not None:
+            batch = batch.replace(ref_logprobs=trainer.cached_reference.logprobs(batch, episodes))
         batch, gaps = annotate(
             batch,
             trainer.policy,
             trainer.reference,
-            algorithm.needs,
+            needs,
             temperature=recipe.sampling.temperature,
             budget=recipe.optimizer.tokens_per_micro_batch,
             phase=announce.phase,
@@ -99,7 +102,7 @@ def iteration(trainer: Trainer) -> None:
             sums.update(credited)
             scored = time.perf_counter()
             sums.update(trainer.updater.update(batch, progress))
-            trainer.engine.load(trainer.policy.lm)
+            trainer.refresh_engine()
     ended = time.perf_counter()
     trainer.step += 1
     if algorithm.needs.sync is not None:

@@ -1,4 +1,7 @@
-"""What makes episodes: the policy, its engine and the environments. Training and `mrlm eval` stand on the same one."""
+"""What makes episodes: the policy, and either its engine and the environments or a dataset.
+
+Training and `mrlm eval` stand on the same one.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 import torch
 
 from mrlm_cli import registry
+from mrlm_cli.data import load as data
 from mrlm_cli.engines.base import Engine
 from mrlm_cli.envs.host import Host, Journal
 from mrlm_cli.errors import UserError
@@ -20,11 +24,14 @@ from mrlm_cli.training.machine import default_threads, keep_memory
 from mrlm_cli.training.rollout import Rollout
 
 
-def settled(recipe: Recipe) -> Recipe:
-    """The recipe with what depends on the machine said outright: threads and device, since bits depend on both.
+def settled(recipe: Recipe, folders: Sequence[Path] = ()) -> Recipe:
+    """The recipe with what depends on machine and data said outright: threads, device, and the steps of its epochs.
 
-    Raises UserError where CUDA is asked for and there is none.
+    Raises UserError where CUDA is asked for and there is none, and for bad rows where epochs are asked for.
     """
+    if recipe.data is not None and recipe.data.epochs is not None:
+        steps = data.of(recipe.data, folders).steps(recipe.data.epochs, recipe.data.rows_per_step)
+        recipe = recipe.model_copy(update={"steps": steps, "data": recipe.data.model_copy(update={"epochs": None})})
     device = recipe.hardware.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,6 +47,7 @@ class Stage:
     """Built from a settled recipe. A context manager: leaving it ends the environments' worker processes.
 
     `start` is the model from which the run started, by default the recipe's own; a frozen agent may be that one.
+    A recipe with data has no environments, and an engine that is never loaded. Raises UserError for bad rows.
     """
 
     def __init__(
@@ -61,6 +69,7 @@ class Stage:
         self._budget = recipe.optimizer.tokens_per_micro_batch
         self._phase = phase
         algorithm = registry.resolve("algorithms", recipe.algorithm.type, folders)
+        self.loaded = None if recipe.data is None else data.of(recipe.data, folders)
         self.policy, self.chat = load.build(
             recipe.model,
             seed=recipe.seed,

@@ -27,14 +27,16 @@ def episode_metrics(episodes: Sequence[Episode], environments: Mapping[str, Envi
     sums.add("failed_rate", len(episodes) - len(good) - len(excluded), len(episodes))
     sums.add("excluded_rate", len(excluded), len(episodes))
     rewards = [sum(one.rewards) for one in good]
-    if rewards:
+    if rewards and environments:
         mean = sum(rewards) / len(rewards)
         sums.add("reward_std", (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5)
     for one, reward in zip(good, rewards, strict=True):
-        sums.add("reward", reward)
-        sums.add("truncated_rate", float(one.stop in ("length", "turns")))
         sums.add("length", len(one.chosen))
         sums.add("turns", sum(span.kind == "chosen" for span in one.spans))
+        if one.task.env not in environments:  # a row of a dataset
+            continue
+        sums.add("reward", reward)
+        sums.add("truncated_rate", float(one.stop in ("length", "turns")))
         received = component_sums(one)
         environment = environments[one.task.env]
         several = len(environment.roles(environment.config)) > 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,18 @@ import torch
 from mrlm_cli import registry
 from mrlm_cli.algorithms.base import Algorithm
 from mrlm_cli.errors import CheckpointError, NonFiniteError
+from mrlm_cli.events import Evaluation
 from mrlm_cli.policy import load
 from mrlm_cli.policy.model import Policy
 from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.records import Episode
 from mrlm_cli.training import checkpoint
 from mrlm_cli.training.announce import Announcer
+from mrlm_cli.training.dataset import DatasetSource
 from mrlm_cli.training.evaluate import NothingToJudge, evaluate
+from mrlm_cli.training.held_out import evaluate_rows
 from mrlm_cli.training.optim import Adam
+from mrlm_cli.training.reference import CachedReference
 from mrlm_cli.training.rundir import RunDirectory
 from mrlm_cli.training.source import RolloutSource
 from mrlm_cli.training.stage import Stage
@@ -42,7 +47,7 @@ class Trainer:
         self.environments = stage.environments
         self.step = 0
         self.resumed = False
-        self.best: dict[str, float] | None = None  # of the steps both evaluated and saved: {"step": n, "exact": share}
+        self.best: dict[str, float] | None = None  # of the steps evaluated and saved: {"step": n, "score": x}
         self._tokenizer = stage.chat.tokenizer
         self._refusal = ""
         self.algorithm: Algorithm = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm)
@@ -52,13 +57,26 @@ class Trainer:
         self._frozen_sha256 = {role: _fingerprint(policy) for role, policy in stage.frozen.items()}
         self._judged = stage.rollout(bootstrap=False)
         self._findings = stage.findings
-        self.source = RolloutSource(
-            stage.rollout(bootstrap=self.algorithm.bootstrap),
-            self.environments,
-            recipe.sampling,
-            recipe.seed,
-            self.algorithm.keep,
-        )
+        self.needs = self.algorithm.needs
+        self.source: RolloutSource | DatasetSource
+        self.cached_reference: CachedReference | None = None
+        if stage.loaded is None or recipe.data is None:
+            self.needs = replace(self.needs, old=True)  # the gap between sampler and trainer is measured at every step
+            self.source = RolloutSource(
+                stage.rollout(bootstrap=self.algorithm.bootstrap),
+                self.environments,
+                recipe.sampling,
+                recipe.seed,
+                self.algorithm.keep,
+            )
+        else:
+            for note in stage.loaded.notes():
+                announce.warned(note)
+            self.source = DatasetSource(stage.loaded, stage.chat, recipe.data, recipe.seed, announce.warned)
+            if self.reference is not None:
+                self.cached_reference = CachedReference(
+                    self.reference, self.source, budget=recipe.optimizer.tokens_per_micro_batch
+                )
         self._adam = Adam(self.policy, recipe.optimizer, recipe.model.value.lr)
         self.updater = Updater(
             self.policy,
@@ -71,9 +89,16 @@ class Trainer:
             refused=self._refused,
         )
 
+    def refresh_engine(self) -> None:
+        """Give the engine the policy's weights, where it is the engine that makes episodes."""
+        if isinstance(self.source, RolloutSource):
+            self.engine.load(self.policy.lm)
+
     def evaluation_due(self) -> bool:
         """Whether the policy of this step is evaluated: the first, the last, and every so many."""
         every = self.recipe.evaluate.every
+        if isinstance(self.source, DatasetSource) and not self.source.holds_out:
+            return False
         return self.step in (0, self.recipe.steps) or (every > 0 and self.step % every == 0)
 
     def checkpoint_due(self) -> bool:
@@ -98,25 +123,33 @@ class Trainer:
         Where every episode failed there is no result: a warning, and the run goes on.
         """
         try:
-            evaluation, episodes = evaluate(
-                self._judged,
-                self.environments,
-                self.recipe.evaluate,
-                split="validation",
-                seed=self.recipe.seed,
-                step=self.step,
-                checkpoint=str(self.run.path),
-                findings=self._findings(),
-            )
+            evaluation, episodes = self._evaluation()
         except NothingToJudge as error:
             self.announce.warned(f"evaluation at step {self.step}: {error}")
             return
         rows = stored(episodes, self.recipe.report.episodes)
-        headline = evaluation.components.get("exact", evaluation.reward).mean
-        if self.checkpoint_due() and (self.best is None or headline > self.best["exact"]):
-            self.best = {"step": self.step, "exact": headline}
+        if self.checkpoint_due() and (self.best is None or evaluation.score > self.best["score"]):
+            self.best = {"step": self.step, "score": evaluation.score}
         self.run.write_evaluation(self.step, {**asdict(evaluation), "episodes": rows})
         self.announce.evaluated(evaluation)
+
+    def _evaluation(self) -> tuple[Evaluation, list[Episode]]:
+        settings, place = self.recipe.evaluate, str(self.run.path)
+        if isinstance(self.source, DatasetSource):
+            rows = self.source.held_out(settings.tasks)
+            return evaluate_rows(
+                rows, self.policy, self.cached_reference, self.algorithm, self.recipe, self.step, place
+            )
+        return evaluate(
+            self._judged,
+            self.environments,
+            settings,
+            split="validation",
+            seed=self.recipe.seed,
+            step=self.step,
+            checkpoint=place,
+            findings=self._findings(),
+        )
 
     def save(self) -> int:
         """Write a checkpoint of this step; returns the step."""

@@ -129,6 +129,7 @@ class Updater:
         if mass <= 0 or tokens == 0:
             raise Skipped
         value_only = self._algorithm.value_only(progress)
+        needs = self._algorithm.needs
         sums = Sums()
         self._adam.zero()
         for rows in micro_batches(batch, self._settings.tokens_per_micro_batch):
@@ -138,7 +139,8 @@ class Updater:
                 part.lengths,
                 part.score,
                 temperature=self._temperature,
-                logprobs=not value_only,
+                entropy=needs.entropy,
+                logprobs=needs.logprobs and not value_only,
                 value_only=value_only,
             )
             parts, metrics = self._algorithm.loss(out, part, progress)

@@ -1,0 +1,76 @@
+"""Stored episodes of a run as demonstrations: behavioural cloning of what earned a reward.
+
+What is cloned are the words: the transcript is written again with the tokens of the model that learns, which may be
+another one. A reply that a limit cut has no end that could be learnt, so its episode is left out, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from mrlm_cli.data import forms
+from mrlm_cli.data.base import BadRow, Dataset, DataSettings, Group, NotWanted, Row
+from mrlm_cli.data.jsonl import content, parsed
+from mrlm_cli.errors import UserError
+
+
+class Episodes(Dataset):
+    """Episodes that a run stored (episodes/*.jsonl), those with enough reward."""
+
+    class Config(DataSettings):
+        """Stored episodes."""
+
+        path: str
+        """A run directory, or one file of stored episodes."""
+        min_reward: Annotated[float, Field(ge=-1e9, le=1e9)] | None = None
+        """Only episodes with at least this reward; null takes all that did not fail."""
+        component: str | None = None
+        """Reward component that min_reward speaks of, unweighted, such as exact; by default the training reward."""
+
+    labels: ClassVar[tuple[str, ...]] = ()
+    config: Config
+
+    @property
+    def apart(self) -> bool:
+        """A share is always held out."""
+        return False
+
+    def rows(self, held_out: bool) -> Iterator[Row]:
+        """See Dataset."""
+        path = Path(self.config.path).expanduser()
+        files = sorted((path / "episodes").glob("step-*.jsonl")) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"{path} holds no stored episodes; expected a run directory with episodes/step-*.jsonl")
+        for file in files:
+            for number, line in enumerate(content(file).split(b"\n"), start=1):
+                if line.strip():
+                    yield Row(f"{file}:{number}", parsed(line))
+
+    def group(self, row: Row, index: int, held_out: bool) -> Group:
+        """See Dataset."""
+        if isinstance(row.fields, BadRow):
+            raise row.fields
+        fields = row.fields
+        try:
+            view = fields["transcript"]["views"][fields["agent"]]
+            if fields["stop"] == "failed":
+                raise NotWanted("the episode failed")
+            if not fields["ended"]:
+                raise NotWanted("the last reply was cut")
+            if self.config.min_reward is not None and self._reward(fields) < self.config.min_reward:
+                raise NotWanted("too little reward")
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadRow("the row is no stored episode", f"{type(error).__name__}: {error}") from error
+        messages = [forms.message(item, "transcript") for item in view]
+        return (forms.transcript(row.place, messages, forms.before(messages), index, held_out),)
+
+    def _reward(self, fields: Mapping[str, Any]) -> float:
+        component = self.config.component
+        if component is None:
+            return float(sum(fields["rewards"]))
+        given = fields["transcript"]["rewards"]
+        return float(sum(value for who, _, name, value in given if (who, name) == (fields["agent"], component)))

@@ -1,0 +1,33 @@
+"""Parquet files, by the extra `parquet`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mrlm_cli.data.base import FileDataset, FileSettings, Row
+from mrlm_cli.errors import MissingExtra, UserError
+
+
+class Parquet(FileDataset):
+    """Parquet: a table in columns (extra `parquet`)."""
+
+    class Config(FileSettings):
+        """A parquet file."""
+
+    def read(self, path: Path) -> Iterator[Row]:
+        """See FileDataset."""
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError as error:
+            raise MissingExtra("reading a parquet file", "parquet") from error
+        number = 0
+        try:
+            with parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches():
+                    for fields in batch.to_pylist():
+                        yield Row(f"{path}[{number}]", fields)
+                        number += 1
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"the data {path} cannot be read: {str(error).partition(chr(10))[0]}") from error

@@ -1,0 +1,235 @@
+"""Rows of files → transcripts: forms and columns, bad rows, splits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mrlm_cli.data.base import AGENT, Group
+from mrlm_cli.data.load import Loaded, of
+from mrlm_cli.errors import MissingExtra, UserError
+from tests.data_helpers import chat_row, chats, jsonl, pair_row
+from tests.kit import settings, tiny, trainer
+
+
+def load(path: Path, kind: str = "jsonl", **fields: Any) -> Loaded:
+    return of(settings("data", type=kind, path=str(path), **fields), ())
+
+
+def said(group: Group) -> list[list[tuple[str, str]]]:
+    return [[(each.role, each.content) for each in one.views[AGENT]] for one in group]
+
+
+def given(group: Group) -> list[int]:
+    return [one.task.data["given"] for one in group]
+
+
+def test_a_conversation_is_one_transcript_and_what_comes_before_the_first_reply_is_given(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "system", "content": "s"}, *chat_row("31")["messages"]]}
+    (group,) = load(jsonl(tmp_path / "x.jsonl", [row]), validation_share=0).train
+    assert said(group) == [[("system", "s"), ("user", "sort 31="), ("assistant", "13")]]
+    assert given(group) == [2]
+
+
+def test_a_completion_and_its_columns(tmp_path: Path) -> None:
+    rows = [
+        {"q": "1+1=", "a": "2"},
+        {"q": [{"role": "user", "content": "x"}], "a": [{"role": "assistant", "content": "y"}]},
+    ]
+    found = load(
+        jsonl(tmp_path / "x.jsonl", rows),
+        form="completion",
+        columns={"prompt": "q", "completion": "a"},
+        validation_share=0,
+    ).train
+    assert [said(group) for group in found] == [
+        [[("user", "1+1="), ("assistant", "2")]],
+        [[("user", "x"), ("assistant", "y")]],
+    ]
+
+
+def test_the_preferred_side_comes_first_and_carries_the_reward(tmp_path: Path) -> None:
+    (group,) = load(jsonl(tmp_path / "x.jsonl", [pair_row("21")]), form="pairs", validation_share=0).train
+    assert said(group) == [
+        [("user", "sort 21="), ("assistant", "12")],
+        [("user", "sort 21="), ("assistant", "210")],
+    ]
+    assert [one.rewards for one in group] == [(("policy", 0, "preferred", 1.0),), (("policy", 0, "preferred", 0.0),)]
+    assert [one.sample for one in group] == [0, 1]
+
+
+def test_two_whole_conversations_share_their_beginning_as_prompt(tmp_path: Path) -> None:
+    shared = [*chat_row("21")["messages"], {"role": "user", "content": "again"}]
+    row = {
+        "chosen": [*shared, {"role": "assistant", "content": "12"}],
+        "rejected": [*shared, {"role": "assistant", "content": "21"}],
+    }
+    (group,) = load(jsonl(tmp_path / "x.jsonl", [row]), form="pairs", validation_share=0).train
+    assert given(group) == [3, 3]
+    assert [side[-1] for side in said(group)] == [("assistant", "12"), ("assistant", "21")]
+
+
+GOOD = chat_row("12")
+BAD: list[tuple[str, Any, str, str]] = [
+    ("chat", "not json", ":2", "the line is not JSON"),
+    ("chat", [1], ":2", "a row is not an object"),
+    ("chat", {"text": "x"}, ":2", "column messages is missing"),
+    ("chat", {"messages": "x"}, ":2", "column messages is not a list of messages"),
+    ("chat", {"messages": [{"role": "user", "content": "x"}]}, ":2", "no assistant turn"),
+    ("chat", {"messages": []}, ":2", "no assistant turn"),
+    ("chat", {"messages": [{"role": "bot", "content": "x"}]}, ":2", "unknown role"),
+    ("chat", {"messages": [{"role": "assistant", "content": 1}]}, ":2", "content is not text"),
+    ("chat", {"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, ":2", "unknown key: messages: weight"),
+    ("chat", {"messages": ["x"]}, ":2", "a message is not a mapping"),
+    ("chat", {"messages": [{"role": "assistant", "content": "\ud800"}]}, ":2", "not valid Unicode"),
+    ("completion", {"prompt": "x"}, ":2", "column completion is missing: the row has prompt"),
+    ("completion", {"prompt": "x", "completion": []}, ":2", "does not begin with the assistant's turn"),
+    ("pairs", {"prompt": "x", "chosen": "a", "rejected": "a"}, ":2", "both sides are equal"),
+    ("pairs", {"prompt": "x", "chosen": "a"}, ":2", "column rejected is missing"),
+    ("pairs", {"chosen": "a", "rejected": [{"role": "user", "content": "a"}]}, ":2", "does not begin with"),
+    (
+        "pairs",
+        {"prompt": "x", "chosen": "a", "rejected": [*GOOD["messages"][1:], *GOOD["messages"][:1]]},
+        ":2",
+        "does not end with the assistant's turn",
+    ),
+]
+FIRST = {"chat": GOOD, "completion": {"prompt": "p", "completion": "c"}, "pairs": pair_row("21")}
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "place", "reason"), BAD, ids=[f"{form} {reason}" for form, _, _, reason in BAD]
+)
+def test_a_bad_row_is_an_error_with_its_place_or_counted(
+    tmp_path: Path, form: str, row: Any, place: str, reason: str
+) -> None:
+    path = tmp_path / "x.jsonl"
+    line = row if isinstance(row, str) else json.dumps(row)
+    path.write_text(f"{json.dumps(FIRST[form])}\n{line}\n")
+    with pytest.raises(UserError) as caught:
+        load(path, form=form)
+    assert f"{path}{place}: " in str(caught.value)
+    assert reason in str(caught.value)
+    found = load(path, form=form, bad_rows="exclude", validation_share=0)
+    assert len(found.train) == 1
+    ((counted, places),) = found.left_out.items()
+    assert counted.partition(":")[0] in reason or reason in counted or counted in reason or "message" in counted
+    assert places == (f"{path}{place}",)
+    assert f"1 rows left out, {counted}: {path}{place}" in "".join(found.notes())
+
+
+def test_many_bad_rows_are_told_in_one_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"x.jsonl:5: [^\n]*\nand 3 more bad rows\nmend them"):
+        load(jsonl(tmp_path / "x.jsonl", [{}] * 8))
+
+
+@pytest.mark.parametrize(("kind", "text"), [("jsonl", ""), ("jsonl", "\n\n"), ("json", ""), ("json", "[]")])
+def test_an_empty_file_is_an_error(tmp_path: Path, kind: str, text: str) -> None:
+    (tmp_path / "x").write_text(text)
+    with pytest.raises(UserError, match="holds no usable row"):
+        load(tmp_path / "x", kind)
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        load(tmp_path / "none", kind)
+
+
+def test_json_and_parquet_read_the_same_rows(tmp_path: Path) -> None:
+    from pyarrow import Table, parquet
+
+    rows = [chat_row(str(number)) for number in range(10, 20)]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "x.parquet")
+    expected = load(jsonl(tmp_path / "x.jsonl", rows), validation_share=0)
+    for kind in ("json", "parquet"):
+        assert load(tmp_path / f"x.{kind}", kind, validation_share=0).sha256 == expected.sha256
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(UserError, match="has type jsonl"):
+        load(tmp_path / "x.json", "json")
+    with pytest.raises(UserError, match="cannot be read"):
+        load(tmp_path / "x.json", "parquet")
+
+
+def test_optional_packages_are_asked_for_by_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, kind in (("pyarrow", "parquet"), ("datasets", "hub")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(MissingExtra, match=rf"mrlm\[{kind}\]"):
+            load(tmp_path / "x", kind)
+
+
+def test_a_hub_dataset_is_asked_for_split_and_subset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(path: str, subset: str | None, split: str) -> list[dict[str, Any]]:
+        asked.append((path, subset, split))
+        return [chat_row("1" if split == "train" else "2")]
+
+    fake = ModuleType("datasets")
+    fake.__dict__.update(SimpleNamespace(load_dataset=load_dataset).__dict__)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    found = of(settings("data", type="hub", path="a/b", subset="c", validation_split="test"), ())
+    assert asked == [("a/b", "c", "train"), ("a/b", "c", "test")]
+    assert [said(group)[0][0] for group in (*found.train, *found.validation)] == [
+        ("user", "sort 1="),
+        ("user", "sort 2="),
+    ]
+
+
+def test_the_split_is_a_function_of_the_prompt_alone(tmp_path: Path) -> None:
+    rows = [chat_row(f"{number:03}") for number in range(400)]
+    found = load(jsonl(tmp_path / "x.jsonl", rows), validation_share=0.2)
+    held = {said(group)[0][0][1] for group in found.validation}
+    assert 0.14 < len(held) / 400 < 0.26
+    fewer = load(jsonl(tmp_path / "y.jsonl", rows[200:][::-1]), validation_share=0.2)
+    kept = {said(group)[0][0][1] for group in fewer.validation}
+    assert kept == held & {row["messages"][0]["content"] for row in rows[200:]}
+    other = [{"messages": [row["messages"][0], {"role": "assistant", "content": "x"}]} for row in rows]
+    twice = load(jsonl(tmp_path / "z.jsonl", [*rows, *other]), validation_share=0.2)
+    assert {said(group)[0][0][1] for group in twice.validation} == held
+    assert not held & {said(group)[0][0][1] for group in twice.train}
+    pairs = load(
+        jsonl(tmp_path / "p.jsonl", [pair_row(f"{number:03}") for number in range(400)]),
+        form="pairs",
+        validation_share=0.2,
+    )
+    assert {said(group)[0][0][1] for group in pairs.validation} == held
+
+
+def test_few_rows_still_hold_one_out_and_a_file_of_its_own_holds_out_all(tmp_path: Path) -> None:
+    path = chats(tmp_path / "x.jsonl", 5)
+    assert len(load(path, validation_share=0.001).validation) == 1
+    assert len(load(path, validation_share=0).train) == 5
+    apart = load(path, validation_path=str(chats(tmp_path / "y.jsonl", 3)))
+    assert (len(apart.train), len(apart.validation)) == (5, 3)
+    with pytest.raises(UserError, match="same prompt"):
+        load(jsonl(tmp_path / "z.jsonl", [chat_row("1")] * 3))
+
+
+def test_stored_episodes_are_cloned_by_their_reward(tmp_path: Path) -> None:
+    recipe = tiny(report={"episodes": 12, "episodes_every": 1}, sampling={"tasks_per_step": 12, "max_new_tokens": 6})
+    with trainer(tmp_path / "run", recipe) as made:
+        from mrlm_cli.training.loop import iteration
+
+        iteration(made)
+    rows = [json.loads(line) for line in (tmp_path / "run/episodes/step-000001.jsonl").read_text().splitlines()]
+    whole = [row for row in rows if row["ended"]]
+    assert 0 < len(whole) < len(rows), "the test needs cut episodes and whole ones"
+    found = load(tmp_path / "run", "episodes", validation_share=0)
+    assert len(found.train) == len(whole)
+    assert len(found.left_out["the last reply was cut"]) == len(rows) - len(whole)
+    bound = sorted(sum(row["rewards"]) for row in whole)[len(whole) // 2]
+    best = load(tmp_path / "run", "episodes", min_reward=bound, validation_share=0)
+    assert len(best.train) == sum(sum(row["rewards"]) >= bound for row in whole)
+    exact = [
+        row for row in whole if any(name == "exact" and value >= 1 for *_, name, value in row["transcript"]["rewards"])
+    ]
+    if exact:
+        assert len(load(tmp_path / "run", "episodes", min_reward=1, component="exact").train) == len(exact)
+    else:
+        with pytest.raises(UserError, match="too little reward"):
+            load(tmp_path / "run", "episodes", min_reward=1, component="exact")
+    with pytest.raises(UserError, match="is no stored episode"):
+        load(chats(tmp_path / "x.jsonl"), "episodes")
