@@ -63,6 +63,8 @@ def tiny(folder: Path = Path(), **changes: Any) -> Recipe:
     if "environments" in fields:
         given = fields.pop("environments")
         parts["environments"] = tuple(settings("environments", folder, **each) for each in given)
+    if agents:
+        parts["agents"] = agents
     if engine is not None:
         parts["engine"] = settings("engines", folder, **engine)
     kind = sections.ScratchModel if model["type"] == "scratch" else sections.PretrainedModel
@@ -70,7 +72,6 @@ def tiny(folder: Path = Path(), **changes: Any) -> Recipe:
         **{name: fields.pop(name) for name in ("name", "steps", "seed")},
         model=kind(**model),
         algorithm=settings("algorithms", folder, **fields.pop("algorithm")),
-        agents=agents,
         **parts,
         **{name: getattr(sections, name.capitalize())(**value) for name, value in fields.items()},
     )
