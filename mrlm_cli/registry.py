@@ -26,6 +26,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "sort_digits": "mrlm_cli.envs.sort_digits:SortDigits",
         "arithmetic": "mrlm_cli.envs.arithmetic:Arithmetic",
         "guess": "mrlm_cli.envs.guess:Guess",
+        "debate": "mrlm_cli.envs.debate:Debate",
         "kuhn": "mrlm_cli.envs.kuhn:Kuhn",
         "sentiment": "mrlm_cli.envs.sentiment:Sentiment",
         "math": "mrlm_cli.envs.math:Math",

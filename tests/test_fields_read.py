@@ -136,7 +136,7 @@ RUNS: list[dict[str, Any]] = [
         "sampling": {"tasks_per_step": 4, "max_new_tokens": 2},
     },
     {
-        "environments": [{"type": "kuhn"}],
+        "environments": [{"type": "kuhn"}, {"type": "debate"}],
         "agents": {"second": {"type": "scripted", "player": "random"}},
         "sampling": {"tasks_per_step": 4, "max_new_tokens": 2},
     },
