@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mrlm_cli import registry
 from mrlm_cli.errors import CheckpointError, UserError
-from mrlm_cli.events import Evaluation, Listener
+from mrlm_cli.events import Collected, Evaluation, Listener, Wanted
 from mrlm_cli.recipe import compose
 from mrlm_cli.recipe.agents import Scripted
 from mrlm_cli.recipe.compose import Composed
@@ -225,6 +225,45 @@ def play(environment: str, settings: Sequence[str], *, split: Split, index: int,
         if size is not None and index >= size:
             raise UserError(f"--task {index}: {config.label} has {size} {split} tasks, from 0 to {size - 1}")
         return session(host, made.task(split, index), seed, person)
+
+
+def collect(
+    target: str,
+    wanted: Wanted,
+    *,
+    environment: str | None = None,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Collected:
+    """Transcripts of a policy as rows to learn from: of a run, a checkpoint, any model, or a scripted policy.
+
+    The tasks are those of an environment, of a recipe, or of the run itself. With an environment, overrides that begin
+    with no section of a recipe are its settings. Raises UserError, CheckpointError.
+    """
+    from mrlm_cli.training import collect as collecting
+
+    run, checkpoint = (None, None) if target.startswith("scripted:") else _target(Path(target), False)
+    folders = tuple(Path(folder) for folder in run.origin()["folders"]) if run else (Path.cwd(),)
+    own = None if checkpoint is None else compose.load(checkpoint / "recipe.yaml", folders=folders)
+    if environment is not None and recipe is not None:
+        raise UserError("the tasks are those of --environment or of --recipe, not of both")
+    if environment is not None:
+        kept = {} if own is None else own.recipe.model_dump(mode="json", include={"model", "sampling", "hardware"})
+        fields = {"name": "collect", "steps": 1, "model": {"type": "scratch"}, "algorithm": {"type": "ppo"}, **kept}
+        settings = [
+            one if one.partition("=")[0].partition(".")[0] in Recipe.model_fields else f"environments.0.{one}"
+            for one in overrides
+        ]
+        chosen = compose.of({**fields, "environments": [{"type": environment}]}, environment, settings)
+    elif recipe is not None:
+        chosen = compose.load(recipe, overrides)
+    elif checkpoint is not None:
+        chosen = compose.load(checkpoint / "recipe.yaml", overrides, folders=folders)
+    else:
+        raise UserError(f"{target} brings no tasks: say which with --environment NAME or --recipe RECIPE")
+    if not chosen.recipe.environments:
+        raise UserError(f"{chosen.path} learns from data and has no tasks: say which with --environment NAME")
+    return collecting.collect(target if checkpoint is None else str(checkpoint / "policy"), chosen, wanted)
 
 
 def _keep(run: RunDirectory, evaluation: Evaluation, episodes: Sequence[Episode], recipe: Recipe) -> None:

@@ -1,4 +1,5 @@
-"""What a run tells its listeners: the dashboard, plain lines, files. Listeners change nothing."""
+"""What a run tells its listeners: the dashboard, plain lines, files. Listeners change nothing. And what a collection
+is asked for and gives."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mrlm_cli.records import Episode
+from mrlm_cli.records import Episode, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +90,31 @@ class Listener:
 
     def close(self) -> None:
         """Give the terminal back; called once, also after an error."""
+
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to collect: the first `tasks` tasks of a split, `samples` episodes of each."""
+
+    tasks: int
+    samples: int
+    split: Split = "train"
+    pairs: bool = False  # preference pairs instead of demonstrations
+    component: str | None = None  # demonstrations only: the reward component that `least` speaks of
+    least: float | None = None  # demonstrations only: what an episode must have earned
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """Rows for a JSON lines file, and why episodes or tasks gave none, counted."""
+
+    rows: tuple[Row, ...]
+    left_out: Mapping[str, int]
+
+    def summary(self, what: str) -> str:
+        """One sentence."""
+        without = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+        return f"{len(self.rows)} {what}" + (f"; left out: {without}" if without else "")

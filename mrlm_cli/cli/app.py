@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 import mrlm_cli
-from mrlm_cli.cli import inspecting, machine, playing, running
+from mrlm_cli.cli import collecting, inspecting, machine, playing, running
 from mrlm_cli.errors import MrlmError
 
 # typer bundles its parser or imports click, by version; in both this is the base of what a person can type wrong.
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 running.register(app)
 inspecting.register(app)
+collecting.register(app)
 playing.register(app)
 machine.register(app)
 

@@ -18,7 +18,7 @@ OVERRIDES = "Overrides such as optimizer.lr=1e-4 or environments.0.digits=2; the
 _FILES = ("--config", "--recipe", "--file", "-c", "-f", "--yaml")
 
 
-def _no_flag(value: str | None) -> str | None:
+def no_flag(value: str | None) -> str | None:
     """A value that begins with `-` is a flag whose option was left without its value."""
     if value is not None and str(value).startswith("-"):
         raise typer.BadParameter(f"expected a path, got the flag {value}")
@@ -28,15 +28,15 @@ def _no_flag(value: str | None) -> str | None:
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=OVERRIDES, show_default=False)]
 Overlay = Annotated[
     str | None,
-    typer.Option("--overlay", metavar="FILE", help="A file merged over the recipe.", callback=_no_flag),
+    typer.Option("--overlay", metavar="FILE", help="A file merged over the recipe.", callback=no_flag),
 ]
 RunDir = Annotated[
     str | None,
-    typer.Option("--run-dir", metavar="DIR", help="Where to write; by default runs/NAME.", callback=_no_flag),
+    typer.Option("--run-dir", metavar="DIR", help="Where to write; by default runs/NAME.", callback=no_flag),
 ]
 Whose = Annotated[
     str | None,
-    typer.Option("--recipe", metavar="RECIPE", help="Whose tasks; by default the run's own.", callback=_no_flag),
+    typer.Option("--recipe", metavar="RECIPE", help="Whose tasks; by default the run's own.", callback=no_flag),
 ]
 Changes = Annotated[
     list[str] | None,

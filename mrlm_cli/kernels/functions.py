@@ -132,9 +132,7 @@ def gather(rows: Tensor, packing: Packing) -> Tensor:
     if packing.plain:
         return rows
     # The sums of an embedding's backward pass: in a fixed order, whatever the number of threads.
-    return torch.ops.aten.embedding_dense_backward(
-        rows, packing.node.reshape(-1), len(packing.owner), -1, False
-    )
+    return torch.ops.aten.embedding_dense_backward(rows, packing.node.reshape(-1), len(packing.owner), -1, False)
 
 
 class Attention(torch.autograd.Function):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,14 @@ def environment(name: str, settings: Sequence[str]) -> tuple[EnvironmentSettings
         tree = _override(tree, f"environments.0.{one}")
     found: EnvironmentSettings = validate.fragment(validate.absolute(tree, folders), folders)["environments"][0]
     return found, folders
+
+
+def of(fields: Mapping[str, Any], label: str, overrides: Sequence[str]) -> Composed:
+    """A recipe of plain fields, told as `label` where something is wrong. Raises RecipeError."""
+    tree = read(as_yaml(dict(fields)), label)
+    for override in overrides:
+        tree = _override(tree, override)
+    return _finish(tree, Path.cwd() / label, ())
 
 
 def dump(recipe: Recipe) -> str:

@@ -1,0 +1,152 @@
+"""Chains of runs: a resume on data, a run that starts from another one, a reward model as scorer and as critic."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mrlm_cli.errors import UserError
+from mrlm_cli.policy import load
+from mrlm_cli.policy.scorer import Scorer
+from mrlm_cli.recipe import compose
+from mrlm_cli.training.collate import collate
+from mrlm_cli.training.dataset import DatasetSource
+from mrlm_cli.training.loop import iteration, run
+from mrlm_cli.training.stopping import Stopper
+from tests.data_helpers import chats, pair_row
+from tests.kit import tiny, trainer
+from tests.test_data_algorithms import recipe
+from tests.test_resume import timeless
+
+ALGORITHMS: list[dict[str, Any]] = [
+    {"type": "sft", "observation_weight": 0.5},
+    {"type": "dpo"},
+    {"type": "reward_model"},
+]
+
+
+def digests(directory: Path) -> dict[str, str]:
+    files = [path for path in directory.rglob("*") if path.suffix == ".safetensors" or path.name == "state.json"]
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda each: each["type"])
+def test_a_resumed_run_on_data_ends_with_the_same_bits(tmp_path: Path, algorithm: dict[str, Any]) -> None:
+    changes: dict[str, Any] = {
+        "steps": 9,  # rows for five: the resume comes in the second epoch
+        "checkpoint": {"every": 1, "keep": 9},
+        "evaluate": {"every": 2, "tasks": 8},
+        "data": {"validation_share": 0.1},
+        "optimizer": {"lr": 1e-2, "schedule": "linear", "passes": 2, "minibatches": 2, "tokens_per_micro_batch": 64},
+    }
+    with trainer(tmp_path / "whole", recipe(tmp_path, algorithm, **changes)) as made:
+        run(made, Stopper())
+        expected = [timeless(row) for row in made.run.metrics()]
+    with trainer(tmp_path / "resumed", recipe(tmp_path, algorithm, **changes)) as made:
+        for name in ("metrics.jsonl", "checkpoints"):
+            source = tmp_path / "whole" / name
+            copy = tmp_path / "resumed" / name
+            shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
+            shutil.copytree(source, copy, symlinks=True) if source.is_dir() else shutil.copy(source, copy)
+        for step in (7, 8, 9):
+            shutil.rmtree(tmp_path / f"resumed/checkpoints/step-{step:06}")
+        made.load(tmp_path / "resumed/checkpoints/step-000006")
+        made.run.rewind(6)
+        run(made, Stopper())
+        assert [timeless(row) for row in made.run.metrics()] == expected
+    last = "checkpoints/step-000009"
+    assert digests(tmp_path / "resumed" / last) == digests(tmp_path / "whole" / last)
+    for step in (8, 9):
+        one, other = (
+            timeless({**json.loads((tmp_path / name / f"eval/step-{step:06}.json").read_text()), "checkpoint": ""})
+            for name in ("whole", "resumed")
+        )
+        assert one == other
+
+
+def learnt(folder: Path, algorithm: dict[str, Any], name: str, **changes: Any) -> Path:
+    """A run that has moved away from its start."""
+    moved: dict[str, Any] = {"steps": 3, "optimizer": {"lr": 1e-2, "tokens_per_micro_batch": 512}}
+    made_recipe = recipe(folder, algorithm, **{**moved, **changes})
+    with trainer(folder / name, made_recipe) as made:
+        run(made, Stopper())
+        text = compose.dump(made_recipe)
+    (folder / name / "recipe.yaml").write_text(text)
+    for checkpoint in (folder / name / "checkpoints").glob("step-*"):
+        (checkpoint / "recipe.yaml").write_text(text)
+    return folder / name
+
+
+@pytest.mark.parametrize("point", ["run", "checkpoint", "policy"])
+def test_a_run_starts_from_another_with_no_distance_to_it(tmp_path: Path, point: str) -> None:
+    start = learnt(tmp_path, {"type": "sft"}, "start")
+    path = {"run": start, "checkpoint": start / "checkpoints/latest", "policy": start / "checkpoints/latest/policy"}
+    model = {"type": "pretrained", "path": str(path[point])}
+    with trainer(start.parent / "scratch", tiny()) as made:
+        fresh = made.policy.lm.get_input_embeddings().weight.clone()
+    with trainer(tmp_path / "ppo", tiny(model=model, algorithm={"type": "ppo", "kl": {"coef": 0.1}})) as made:
+        assert not torch.equal(made.policy.lm.get_input_embeddings().weight, fresh)
+        iteration(made)
+        iteration(made)
+        first, second = made.run.metrics()
+    assert first["kl"] == 0
+    assert second["kl"] != 0
+    changes = {"model": model, "optimizer": {"lr": 1e-2, "tokens_per_micro_batch": 512}}
+    with trainer(tmp_path / "dpo", recipe(tmp_path, {"type": "dpo"}, **changes)) as made:
+        iteration(made)
+        iteration(made)
+        first, second = made.run.metrics()
+    assert abs(first["pair_margin"]) < 1e-5
+    assert abs(first["preferred_reward"]) < 1e-5
+    assert abs(second["pair_margin"]) > 1e-3
+
+
+@pytest.mark.parametrize("value", [{"head": "mlp"}, {"type": "separate"}], ids=["shared", "separate"])
+def test_a_reward_model_scores_transcripts_and_is_a_critic(tmp_path: Path, value: dict[str, Any]) -> None:
+    model = {"value": value, "type": "scratch"}
+    path = learnt(tmp_path, {"type": "reward_model"}, "scores", model=model)
+    transcripts, expected = [], []
+    with trainer(tmp_path / "again", recipe(tmp_path, {"type": "reward_model"}, model=model)) as made:
+        load.load_weights(made.policy, path / "checkpoints/latest")
+        assert isinstance(made.source, DatasetSource)
+        episodes = made.source.episodes(0)
+        batch = collate(episodes, "cpu", pairs=True)
+        assert batch is not None
+        out = made.policy(batch.tokens, batch.lengths, batch.mask, temperature=1.0)
+        assert out.final_values is not None
+        expected = out.final_values.tolist()
+        transcripts = [one.transcript for one in episodes]
+    scorer = Scorer(str(path), budget=100)
+    found = scorer.score(transcripts)
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert max(found) - min(found) > 1e-3
+    assert scorer.score(transcripts[3:4]) == pytest.approx(found[3:4], abs=1e-5)
+    with pytest.raises(UserError, match="is a run of sft"):
+        Scorer(str(learnt(tmp_path, {"type": "sft"}, "other")))
+    critic = {"type": "separate", "path": str(path), "head": value.get("head", "linear")}
+    start = {"type": "pretrained", "path": str(path), "value": critic}
+    with trainer(tmp_path / "ppo", tiny(model=start, sampling={"tasks_per_step": 4})) as made:
+        batch = collate(episodes, "cpu")
+        assert batch is not None
+        out = made.policy(batch.tokens, batch.lengths, batch.mask, temperature=1.0)
+        assert out.final_values is not None
+        assert out.final_values.tolist() == pytest.approx(expected, abs=1e-5)
+        iteration(made)
+        assert made.run.metrics()[0]["optimizer_steps"] == 1
+
+
+def test_rows_of_every_chain_hold_out_the_same_prompts(tmp_path: Path) -> None:
+    held = []
+    for name, row, algorithm in (("a", None, {"type": "sft"}), ("b", pair_row, {"type": "dpo"})):
+        data = {"type": "jsonl", "path": str(chats(tmp_path / f"{name}.jsonl", 60, *([row] if row else [])))}
+        forms = {"form": "pairs"} if row else {}
+        with trainer(tmp_path / name, tiny(algorithm=algorithm, data={**data, **forms}, seed=len(name) + 7)) as made:
+            assert isinstance(made.source, DatasetSource)
+            held.append({one.transcript.views["policy"][0].content for one in made.source.held_out(60)})
+    assert held[0] == held[1] != set()
