@@ -190,6 +190,7 @@ def evaluate_script(policy: str, recipe: str, overrides: Sequence[str] = ()) -> 
     """
     from mrlm_cli.envs.host import Host, NoJournal
     from mrlm_cli.envs.scripted import script
+    from mrlm_cli.rewards.firewall import Scorers
     from mrlm_cli.training.evaluate import evaluate as judge
     from mrlm_cli.training.scripted import ScriptedRollout
 
@@ -197,15 +198,19 @@ def evaluate_script(policy: str, recipe: str, overrides: Sequence[str] = ()) -> 
     composed = compose.load(recipe, overrides)
     loaded = composed.recipe
     hardware = loaded.hardware
-    with Host(
-        loaded.environments,
-        folders=composed.folders,
-        workers=hardware.worker_processes,
-        deadline=hardware.deadline,
-        journal=NoJournal(),
-    ) as host:
+    folders, workers = composed.folders, hardware.worker_processes
+    with (
+        Host(
+            loaded.environments, folders=folders, workers=workers, deadline=hardware.deadline, journal=NoJournal()
+        ) as host,
+        Scorers(loaded.rewards, folders=folders, workers=workers, journal=NoJournal()) as scorers,
+    ):
         rollout = ScriptedRollout(
-            host, chosen, max_turns=loaded.sampling.max_turns, phase=lambda name, done, total: None
+            host,
+            chosen,
+            max_turns=loaded.sampling.max_turns,
+            phase=lambda name, done, total: None,
+            scorers=scorers,
         )
         evaluation, _ = judge(
             rollout, host.environments, loaded.evaluate, split="test", seed=loaded.seed, step=0, checkpoint=policy
@@ -345,7 +350,8 @@ def _plugin_names(recipe: Recipe) -> list[str]:
     players = [agent.player for agent in recipe.agents.values() if isinstance(agent, Scripted)]
     data = [] if recipe.data is None else [recipe.data.type]
     named = [recipe.algorithm.type, recipe.engine.type, *data, *(each.type for each in recipe.environments)]
-    return [*named, *players]
+    functions = [str(getattr(reward, "path", "")) for reward in recipe.rewards if reward.type == "function"]
+    return [*named, *(each.type for each in recipe.rewards), *players, *functions]
 
 
 def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

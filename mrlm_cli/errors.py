@@ -8,6 +8,7 @@ MrlmError                      exit 1: the run failed, through no fault of the r
 ├── CheckpointError            a checkpoint or model directory is broken, foreign or unreadable
 ├── RunDirectoryError          a run directory is locked, unwritable or not one
 ├── NonFiniteError             losses, gradients or rewards stayed non-finite
+├── ScoringError               a reward failed on too many sessions
 ├── EngineError                a completion could not be made
 ├── SessionFailure             one session of an environment failed: counted, never scored as a wrong answer
 │   ├── DeadlineExceeded       it did not answer in time
@@ -53,6 +54,10 @@ class RunDirectoryError(MrlmError):
 
 class NonFiniteError(MrlmError):
     """Several optimizer steps in a row were refused because something was not finite."""
+
+
+class ScoringError(MrlmError):
+    """A reward failed on more of a step's sessions than it may."""
 
 
 class EngineError(MrlmError):

@@ -85,6 +85,18 @@ METRICS: dict[str, Metric] = _table(
         "mean over episodes of Σ turns",
         "rises if it is what you want",
     ),
+    Metric(
+        "reward/*",
+        "Mean of one of the recipe's rewards, unweighted; sampled.",
+        "mean over episodes",
+        "rises if it is what you want",
+    ),
+    Metric(
+        "failed/*",
+        "Episodes that one of the recipe's rewards failed to score; they count as failed and are not trained on.",
+        "count",
+        "absent",
+    ),
     Metric("fact/*/*", "Mean of a number that an environment reports.", "mean over episodes", "the environment's own"),
     Metric(
         "episodes", "Episodes trained on.", "count", "tasks_per_step × episodes_per_task, for each agent that learns"
@@ -283,4 +295,4 @@ def describe(name: str) -> Metric | None:
     if name in METRICS:
         return METRICS[name]
     head, slash, rest = name.partition("/")
-    return METRICS.get(f"{head}/*/*") if slash and "/" in rest else None
+    return METRICS.get(f"{head}/*/*" if "/" in rest else f"{head}/*") if slash and rest else None

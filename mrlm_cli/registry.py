@@ -12,12 +12,12 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from mrlm_cli.errors import UnknownName, UserError
 
@@ -53,6 +53,15 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "parquet": "mrlm_cli.data.parquet:Parquet",
         "hub": "mrlm_cli.data.hub:Hub",
         "episodes": "mrlm_cli.data.episodes:Episodes",
+    },
+    "rewards": {
+        "regex": "mrlm_cli.rewards.text:Regex",
+        "exact": "mrlm_cli.rewards.text:Exact",
+        "length": "mrlm_cli.rewards.text:Length",
+        "format": "mrlm_cli.rewards.text:Format",
+        "lexicon": "mrlm_cli.rewards.text:Lexicon",
+        "function": "mrlm_cli.rewards.function:Function",
+        "judge": "mrlm_cli.rewards.judge:Judge",
     },
     "players": {},
     "engines": {
@@ -103,6 +112,20 @@ def resolve(kind: str, name: str, folders: Sequence[Path] = ()) -> type[Any]:
     if unwritten := sorted(getattr(found, "__abstractmethods__", ())):
         raise UserError(f"{place}: class {attribute} is not finished; it has yet to write {', '.join(unwritten)}")
     return found
+
+
+def function(name: str, folders: Sequence[Path] = ()) -> Callable[..., Any]:
+    """The function that `./file.py:name` or `package.module:name` stands for.
+
+    A file is looked for in `folders`, then in the working directory. Raises UnknownName, UserError.
+    """
+    place, _, attribute = name.rpartition(":")
+    file = place.endswith(".py")
+    module = _load_file(plugin_file(place, (*folders, Path.cwd()))) if file else _import(place, name)
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise UnknownName(f"{place} has no function {attribute!r}")
+    return cast(Callable[..., Any], found)
 
 
 def plugin_file(place: str, folders: Sequence[Path]) -> Path:

@@ -70,6 +70,30 @@ class DataSettings(Strict):
         return False
 
 
+class RewardSettings(Strict):
+    """The settings that every reward has."""
+
+    type: str
+    """Name of the reward: a built-in one, an entry point, or ./file.py:Class."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,60}$")] | None = None
+    """Name in metrics and failures; by default the type. Two rewards of a recipe need two names."""
+    weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
+    """Its value times this is added to the training reward, on the agent's last chosen token."""
+    low: Annotated[float, Field(ge=-1e6, le=1e6)] = -1.0
+    """The least value that is sound; a session with one below counts as failed."""
+    high: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
+    """The greatest value that is sound; a session with one above counts as failed."""
+    deadline: Annotated[float, Field(gt=0, le=86_400)] = 10.0
+    """Seconds for one session; without an answer its process is killed and the session counts as failed."""
+    max_failed: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of a step's sessions that it may fail to score; with more the run stops and says why."""
+
+    @property
+    def label(self) -> str:
+        """The name under which the reward appears: `name`, or a file's class name, or the type."""
+        return self.name or self.type.rpartition(":")[2]
+
+
 class AlgorithmSettings(Strict):
     """The settings that every algorithm has."""
 

@@ -63,6 +63,8 @@ def tiny(folder: Path = Path(), **changes: Any) -> Recipe:
     if "environments" in fields:
         given = fields.pop("environments")
         parts["environments"] = tuple(settings("environments", folder, **each) for each in given)
+    if "rewards" in fields:
+        parts["rewards"] = tuple(settings("rewards", folder, **each) for each in fields.pop("rewards"))
     if agents:
         parts["agents"] = agents
     if engine is not None:

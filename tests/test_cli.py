@@ -289,7 +289,17 @@ def test_one_kind_of_environment_is_asked_for_by_its_type(run: Run) -> None:
 
 def test_list_names_everything_and_runs(run: Run, tmp_path: Path) -> None:
     found = json.loads(run("list", "--json")[1])
-    assert set(found) == {"recipes", "fragments", "environments", "algorithms", "data", "engines", "metrics", "runs"}
+    assert set(found) == {
+        "recipes",
+        "fragments",
+        "environments",
+        "rewards",
+        "algorithms",
+        "data",
+        "engines",
+        "metrics",
+        "runs",
+    }
     assert "ppo" in found["algorithms"]
     assert "hardware/cpu" in found["fragments"]
     assert found["recipes"]["quickstart"].startswith("PPO from scratch")

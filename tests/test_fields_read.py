@@ -18,10 +18,13 @@ from pydantic import BaseModel
 
 from mrlm_cli import registry
 from mrlm_cli.algorithms.group_settings import GroupKL, GroupSettings
+from mrlm_cli.envs.host import NoJournal
 from mrlm_cli.recipe import compose, sections
 from mrlm_cli.recipe.schema import Recipe
-from mrlm_cli.records import Message, Reply
-from mrlm_cli.strict import AlgorithmSettings, DataSettings, EngineSettings, EnvironmentSettings, Strict
+from mrlm_cli.records import Message, Reply, Task, Transcript
+from mrlm_cli.rewards.firewall import Scorers
+from mrlm_cli.rewards.wire import checked
+from mrlm_cli.strict import AlgorithmSettings, DataSettings, EngineSettings, EnvironmentSettings, RewardSettings, Strict
 from tests.data_helpers import jsonl, pair_row, two_turns
 from tests.kit import tiny, trainer
 
@@ -72,7 +75,7 @@ def owner(settings: type[BaseModel]) -> type[BaseModel]:
 
 def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, Strict):
-        if annotation not in (AlgorithmSettings, DataSettings, EngineSettings, EnvironmentSettings):
+        if annotation not in (AlgorithmSettings, DataSettings, EngineSettings, EnvironmentSettings, RewardSettings):
             yield annotation
         return
     for part in getattr(annotation, "__args__", ()):
@@ -100,6 +103,15 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     return found
 
 
+REWARDS: dict[str, dict[str, Any]] = {  # scored in this process, where reads are seen
+    "regex": {"pattern": "1"},
+    "exact": {},
+    "length": {"longest": 3},
+    "format": {},
+    "lexicon": {"words": {"a": 1.0}},
+    "function": {"path": str(Path(__file__).parents[1] / "recipes/my_reward.py") + ":variety"},
+    "judge": {"url": "http://127.0.0.1:9/v1", "model": "none", "retries": 1, "backoff": 0.001, "max_failed": 1.0},
+}
 PAIRS = {"path": "pairs.jsonl", "form": "pairs", "bad_rows": "exclude"}
 RUNS: list[dict[str, Any]] = [
     {},
@@ -217,6 +229,18 @@ def test_every_field_is_read(tmp_path: Path, reads: set[tuple[str, str]], monkey
         session.start()
         session.step(Reply(Message("assistant", "1"), "end"))
         assert field in environment.Config.model_fields
+    transcript = Transcript(
+        Task("t", "e", "train", 0, {"answer": "1"}), 0, {"policy": (Message("assistant", "1"),)}, (), {}, "done"
+    )
+    rewards = [registry.resolve("rewards", kind).Config(type=kind, **given) for kind, given in REWARDS.items()]
+    for config in rewards:
+        reward = registry.resolve("rewards", config.type)(config)
+        for outcome in reward.score([transcript]):
+            checked(outcome if config.type != "judge" else {"policy": 1.0}, transcript, config)
+    body = {"choices": [{"message": {"content": "1"}}]}
+    assert reward._read(SimpleNamespace(status_code=200, json=lambda: body)) == 1.0  # the judge, which was the last
+    with Scorers(rewards, folders=[], workers=1, journal=NoJournal()) as scorers:
+        assert len(scorers.score([("s", transcript)])[0]) == len(rewards)
     declared = {(owner(config).__qualname__, name) for config in configs() for name in config.model_fields}
     unread = sorted(declared - reads - BY_COMPOSITION)
     assert not unread, f"settings that nobody reads: {unread}"

@@ -18,6 +18,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "recipe": (set(), {"pydantic", "pydantic_core", "yaml"}),
     "envs": (set(), {"pydantic"} | EXTRAS),
     "data": (set(), {"pydantic"} | EXTRAS),
+    "rewards": ({"envs"}, {"pydantic", "httpx"} | EXTRAS),
     "formulas": (set(), {"torch"}),
     "algorithms": ({"formulas"}, {"pydantic"}),
     "kernels": (set(), {"torch", "numpy"}),
@@ -27,15 +28,18 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "engines": ({"formulas", "kernels"}, {"pydantic", "torch", "transformers"}),
     "training": (
-        {"recipe", "envs", "data", "formulas", "algorithms", "policy", "engines"},
+        {"recipe", "envs", "rewards", "data", "formulas", "algorithms", "policy", "engines"},
         {"pydantic", "torch", "transformers", "safetensors", "tokenizers", "yaml", "numpy"},
     ),
     "report": ({"recipe"}, {"rich"}),
-    "api": ({"recipe", "envs", "data", "formulas", "algorithms", "policy", "engines", "training", "report"}, {"rich"}),
+    "api": (
+        {"recipe", "envs", "rewards", "data", "formulas", "algorithms", "policy", "engines", "training", "report"},
+        {"rich"},
+    ),
     "cli": ({"recipe", "report", "api"}, {"typer", "rich"}),
 }
 # no torch at import: only inside functions
-LAZY = {"base", "recipe", "envs", "data", "algorithms", "report", "api", "cli"}
+LAZY = {"base", "recipe", "envs", "rewards", "data", "algorithms", "report", "api", "cli"}
 
 
 def package(path: Path) -> str:

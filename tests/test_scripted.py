@@ -95,6 +95,16 @@ def test_eval_of_a_scripted_policy_on_the_command_line(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["components"]["exact"]["mean"] == 1.0
     assert found["checkpoint"] == "scripted:oracle"
+    assert main(["eval", "--policy", "scripted:oracle", "--recipe", "rewards_smoke", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: found["components"][name]["mean"] for name in ("exact", "rewards/digits", "rewards/length")} == {
+        "exact": 1.0,
+        "rewards/digits": 1.0,
+        "rewards/length": 1.0,
+    }
+    variety = found["components"]["rewards/variety"]["mean"]
+    assert 0.25 < variety < 1.0
+    assert found["reward"]["mean"] == pytest.approx(1.0 + 0.2 + 0.1 + 0.1 * variety)
     assert main(["eval", "--policy", "scripted:oracle"]) == 2
     assert main(["eval", "runs/x", "--policy", "scripted:oracle", "--recipe", "ppo_smoke"]) == 2
     assert main(["eval"]) == 2

@@ -81,13 +81,13 @@ def list_(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="recipes, fragments, environments, algorithms, data, engines, metrics or runs; by default all.",
+            help="recipes, fragments, environments, rewards, algorithms, data, engines, metrics, runs; by default all.",
             show_default=False,
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What there is: recipes, environments, algorithms, data, engines, metrics, runs."""
+    """What there is: recipes, environments, rewards, algorithms, data, engines, metrics, runs."""
     from mrlm_cli.cli import listing
 
     found = listing.listed(kind)

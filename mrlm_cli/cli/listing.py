@@ -19,6 +19,7 @@ def listed(kind: str | None) -> dict[str, dict[str, str]]:
         "recipes": lambda: _files("recipes"),
         "fragments": lambda: _files("configs"),
         "environments": lambda: _registered("environments"),
+        "rewards": lambda: _registered("rewards"),
         "algorithms": lambda: _registered("algorithms"),
         "data": lambda: _registered("data"),
         "engines": lambda: _registered("engines"),

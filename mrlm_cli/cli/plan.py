@@ -15,6 +15,7 @@ from mrlm_cli.recipe.sections import PretrainedModel, ScratchModel
 EXTRAS = {
     "gguf": ("gguf", "accelerate"),
     "sentiment": ("vaderSentiment",),
+    "judge": ("httpx",),
     "math": ("math_verify",),
     "reasoning": ("reasoning_gym",),
     "parquet": ("pyarrow",),
@@ -33,6 +34,8 @@ def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:
         raise MissingExtra("reading a GGUF file", "gguf")
     for environment in recipe.environments:  # an environment raises MissingExtra when it is made
         registry.resolve("environments", environment.type, composed.folders)(environment)
+    for reward in recipe.rewards:
+        registry.resolve("rewards", reward.type, composed.folders)(reward)
     names = ", ".join(environment.label for environment in recipe.environments)
     steps = recipe.steps
     if recipe.data is not None:

@@ -39,6 +39,9 @@ HOSTILE = (
     "😀" * 2000,
     '{"answer": 1}',
     "<|im_end|>",
+    "<answer><answer>1</answer></answer>",
+    "\\boxed{" * 1000 + "1" + "}" * 1000,
+    "<think><answer></think>" * 5000,
     "\u202e16",
 )
 """Replies that no environment may fall over."""

@@ -17,12 +17,12 @@ same session and turn gives the journal's failure without asking the environment
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from mrlm_cli.envs.base import Environment, EnvironmentSettings, Session
 from mrlm_cli.envs.pool import Outcome, Worker
@@ -53,6 +53,13 @@ class NoJournal:
         return None
 
     def record(self, session: str, turn: int, failure: str) -> None:
+        """Nothing is kept."""
+
+    def recall_score(self, session: str, reward: str, digest: str) -> None:
+        """Nothing is remembered of rewards either."""
+        return
+
+    def record_scores(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Nothing is kept."""
 
 

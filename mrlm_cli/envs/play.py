@@ -39,7 +39,7 @@ def play(host: Host, task: Task, seed: int, person: Person) -> Played:
     """Play the task to its end. Raises SessionFailure if the environment breaks."""
     environment = host.environments[task.env]
     weights = environment.reward_weights(environment.config)
-    sums: dict[str, dict[str, float]] = {agent: {} for agent in environment.agents}
+    sums: dict[str, dict[str, float]] = {agent: {} for agent in environment.roles(environment.config)}
     name, turns = f"play/{task.id}", 0
     turn = _turn(host.collect(host.open([(name, task, seed)]))[name])
     try:

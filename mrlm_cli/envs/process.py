@@ -39,11 +39,11 @@ class WorkerProcess:
     stderr. What the environment leaves in another session (setsid) survives.
     """
 
-    def __init__(self, name: str, stopping: Event) -> None:
+    def __init__(self, name: str, stopping: Event, module: str = "mrlm_cli.envs.worker") -> None:
         self._name = name
         self._stopping = stopping
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mrlm_cli.envs.worker"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

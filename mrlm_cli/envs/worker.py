@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -85,18 +85,18 @@ class Sessions:
         return turn_to_json(check_turn(session.step(reply_from_json(reply)), environment))
 
 
-def main() -> None:
-    """Serve until the pipe closes."""
+def serve(answer: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
+    """Answer requests until the pipe closes; what `answer` raises becomes {"failure": text}."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, answers = _take_pipes()
     _prefer_to_die()
     inbox: SimpleQueue[dict[str, Any]] = SimpleQueue()
     Thread(target=_receive, args=(requests, inbox), daemon=True).start()
-    sessions, printed = Sessions(), set[str]()
+    printed = set[str]()
     while True:
         request = inbox.get()
         try:
-            data = frame({"turns": sessions.answer(request)})
+            data = frame(answer(request))
         except BaseException as error:  # user code ends here, SystemExit included
             failure = describe_exception(error)
             if not isinstance(error, SessionFailure) and failure not in printed and len(printed) < MAX_TRACEBACKS:
@@ -133,4 +133,5 @@ def _receive(requests: IO[bytes], inbox: SimpleQueue[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sessions = Sessions()
+    serve(lambda request: {"turns": sessions.answer(request)})

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from mrlm_cli import registry
 from mrlm_cli.recipe import json_schema
 from mrlm_cli.recipe.agents import AGENTS
-from mrlm_cli.recipe.schema import MODELS, PLUGINS, Recipe
+from mrlm_cli.recipe.schema import LISTS, MODELS, PLUGINS, Recipe
 from mrlm_cli.strict import Strict
 
 
@@ -55,7 +55,7 @@ def paths(own: tuple[str, type[Strict]] | None = None) -> list[str]:
     """The path of every setting: a recipe's own, the built-in kinds', and those of one more class under a prefix."""
     found = [path for path, *_ in _recipe_fields()]
     for section in PLUGINS:
-        prefix = "environments.0" if section == "environments" else section
+        prefix = f"{section}.0" if section in LISTS else section
         found += [path for _, owner in _built_in(section) for path, *_ in fields(owner.Config, prefix)]
     if own is not None:
         found += [path for path, *_ in fields(own[1], own[0])]

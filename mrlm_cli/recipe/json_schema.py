@@ -8,7 +8,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from mrlm_cli import registry
-from mrlm_cli.recipe.schema import PLUGINS, Recipe
+from mrlm_cli.recipe.schema import LISTS, PLUGINS, Recipe
 from mrlm_cli.strict import Strict
 
 _BOUNDS = {
@@ -43,8 +43,9 @@ def recipe_schema() -> dict[str, Any]:
                 branches.append({**own, "properties": {**own["properties"], "type": {"const": name}}})
         union: dict[str, Any] = {"anyOf": branches}
         description = properties[section].get("description", "")
-        if section == "environments":
-            properties[section] = {"type": "array", "minItems": 1, "items": union, "description": description}
+        if section in LISTS:
+            least = 1 if section == "environments" else 0
+            properties[section] = {"type": "array", "minItems": least, "items": union, "description": description}
         else:
             properties[section] = {**union, "description": description}
     properties["include"] = {

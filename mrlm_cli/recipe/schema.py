@@ -32,7 +32,7 @@ from mrlm_cli.recipe.sections import (
     Sampling,
     ScratchModel,
 )
-from mrlm_cli.strict import AlgorithmSettings, DataSettings, EngineSettings, EnvironmentSettings, Strict
+from mrlm_cli.strict import AlgorithmSettings, DataSettings, EngineSettings, EnvironmentSettings, RewardSettings, Strict
 
 MODELS: dict[str, type[ScratchModel] | type[PretrainedModel]] = {
     "scratch": ScratchModel,
@@ -41,9 +41,11 @@ MODELS: dict[str, type[ScratchModel] | type[PretrainedModel]] = {
 PLUGINS: dict[str, tuple[str, type[Strict]]] = {  # section -> kind in the registry, base of its Config
     "environments": ("environments", EnvironmentSettings),
     "data": ("data", DataSettings),
+    "rewards": ("rewards", RewardSettings),
     "algorithm": ("algorithms", AlgorithmSettings),
     "engine": ("engines", EngineSettings),
 }
+LISTS = ("environments", "rewards")  # sections that are lists of typed ones
 
 
 SAFE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$"
@@ -81,6 +83,8 @@ class Recipe(Head):
     """The policy and its value function."""
     environments: Annotated[tuple[SerializeAsAny[EnvironmentSettings], ...], Field(strict=False)] = ()
     """What the policy learns from; tasks are shared out by `weight`. At least one, unless the algorithm takes data."""
+    rewards: Annotated[tuple[SerializeAsAny[RewardSettings], ...], Field(strict=False)] = ()
+    """What scores finished sessions, next to the environments' own components; added by `weight`."""
     agents: dict[str, Agent] = Field(default_factory=dict)
     """Who speaks for each role of environments with several; what is not named is the policy that learns."""
     data: SerializeAsAny[DataSettings] | None = None
@@ -133,7 +137,7 @@ class Recipe(Head):
 
 def _unused(recipe: Recipe) -> tuple[str, ...]:
     """Sections that the recipe's source of episodes does not use."""
-    return ("data",) if recipe.data is None else ("environments", "agents", "sampling", "engine")
+    return ("data",) if recipe.data is None else ("environments", "rewards", "agents", "sampling", "engine")
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -168,6 +172,13 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
         seen[environment.label] += 1
         if seen[environment.label] > 1:
             yield ("environments", index), f"a second environment called {environment.label!r}; give it a `name`"
+    named: Counter[str] = Counter()
+    for index, reward in enumerate(recipe.rewards):
+        named[reward.label] += 1
+        if named[reward.label] > 1:
+            yield ("rewards", index), f"a second reward called {reward.label!r}; give it a `name`"
+        if reward.low >= reward.high:
+            yield ("rewards", index), f"low ({reward.low:g}) must be below high ({reward.high:g})"
     epochs = None if recipe.data is None else recipe.data.epochs
     if recipe.steps == 0 and epochs is None:
         hint = "" if recipe.data is None else ", or data.epochs"

@@ -16,7 +16,7 @@ from mrlm_cli.recipe import explain, roles
 from mrlm_cli.recipe.agents import AGENTS
 from mrlm_cli.recipe.problems import Problems, locate, near, sentence, shown, suggestion
 from mrlm_cli.recipe.reading import Mark, Node
-from mrlm_cli.recipe.schema import MODELS, PLUGINS, Head, Recipe
+from mrlm_cli.recipe.schema import LISTS, MODELS, PLUGINS, Head, Recipe
 from mrlm_cli.strict import EngineSettings, EnvironmentSettings, Strict
 
 VARIANTS: dict[str, Mapping[str, type[Strict]]] = {
@@ -83,7 +83,7 @@ def absolute(tree: Node, folders: Sequence[Path]) -> Node:
     """The tree with every relative path that exists in one of `folders` made absolute; the others as written.
 
     Paths are `model.path`, `model.value.path`, `data.path`, `data.validation_path`, those of agents, the files in
-    `./file.py:Class`, and text settings of environments called `path` or ending in `_path`.
+    `./file.py:Class`, and text settings of environments and rewards called `path` or ending in `_path`.
     """
     for path in list(_paths(tree)):
         tree = _replaced(tree, path, folders)
@@ -101,12 +101,13 @@ def _paths(tree: Node) -> Iterator[tuple[str | int, ...]]:
     if agents is not None:
         for role in mapping(agents):
             yield from (("agents", role, "path"), ("agents", role, "player"))
-    environments = mapping(tree).get("environments")
-    if environments is not None and isinstance(environments.value, list):
-        for index, item in enumerate(environments.value):
-            for name in mapping(item):
-                if name in ("type", "path") or name.endswith("_path"):
-                    yield ("environments", index, name)
+    for section in LISTS:
+        listed = mapping(tree).get(section)
+        if listed is not None and isinstance(listed.value, list):
+            for index, item in enumerate(listed.value):
+                for name in mapping(item):
+                    if name in ("type", "path") or name.endswith("_path"):
+                        yield (section, index, name)
 
 
 def _replaced(node: Node, path: Sequence[str | int], folders: Sequence[Path]) -> Node:
@@ -161,8 +162,8 @@ def _parts(tree: Node, folders: Sequence[Path], problems: Problems) -> dict[str,
         if name not in Recipe.model_fields:
             hint = suggestion(name, list(Recipe.model_fields), explain.paths())
             problems.add(node.name_mark, name, f"unknown key{hint}")
-        elif name == "environments":
-            parts[name] = _environments(node, folders, problems)
+        elif name in LISTS:
+            parts[name] = _list(name, node, folders, problems)
         elif name == "agents":
             parts[name] = _agents(node, folders, problems)
         else:
@@ -172,14 +173,12 @@ def _parts(tree: Node, folders: Sequence[Path], problems: Problems) -> dict[str,
     return parts
 
 
-def _environments(node: Node, folders: Sequence[Path], problems: Problems) -> tuple[Any, ...]:
-    if not isinstance(node.value, list) or not node.value:
-        problems.add(node.mark, "environments", f"got {shown(node.plain)}; expected a list of at least one environment")
+def _list(name: str, node: Node, folders: Sequence[Path], problems: Problems) -> tuple[Any, ...]:
+    if not isinstance(node.value, list) or (name == "environments" and not node.value):
+        wanted = "at least one environment" if name == "environments" else name
+        problems.add(node.mark, name, f"got {shown(node.plain)}; expected a list of {wanted}")
         return ()
-    found = [
-        _section("environments", item, ["environments", str(index)], folders, problems)
-        for index, item in enumerate(node.value)
-    ]
+    found = [_section(name, item, [name, str(index)], folders, problems) for index, item in enumerate(node.value)]
     return tuple(item for item in found if item is not None)
 
 

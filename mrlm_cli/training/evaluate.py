@@ -15,6 +15,7 @@ from mrlm_cli.errors import MrlmError
 from mrlm_cli.events import Estimate, Evaluation
 from mrlm_cli.recipe.sections import Evaluate
 from mrlm_cli.records import Episode, Split, Task
+from mrlm_cli.rewards.base import PREFIX
 from mrlm_cli.training.rollout import Draw
 from mrlm_cli.training.source import held_out
 
@@ -138,11 +139,13 @@ def _of_agent(episodes: Sequence[Episode], environments: Mapping[str, Environmen
 def _components(
     by_task: Mapping[str, Sequence[Episode]], environments: Mapping[str, Environment]
 ) -> dict[str, list[float]]:
-    """component → its mean for each task, over the tasks whose environment declares it; not given counts as 0."""
+    """component → its mean for each task, over the tasks whose environment declares it; not given counts as 0. What
+    the recipe's rewards gave stands beside the components, as rewards/NAME."""
     found: dict[str, list[float]] = {}
     for ones in by_task.values():
         sums = [component_sums(one) for one in ones]
-        for name in environments[ones[0].task.env].components:
+        scored = sorted({name for each in sums for name in each if name.startswith(PREFIX)})
+        for name in (*environments[ones[0].task.env].components, *scored):
             found.setdefault(name, []).append(_mean([each.get(name, 0.0) for each in sums]))
     return found
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mrlm_cli.errors import RunDirectoryError
 from mrlm_cli.training import durable
 
 
 class Journal:
-    """Failures by (session, turn), one line each, on the disk before `record` returns.
+    """Failures by (session, turn), and what rewards gave by (session, reward); one line each, on the disk before
+    `record` or `record_scores` returns.
 
     A line torn by a kill is dropped: its decision was not yet acted upon. The journal survives a rewind.
     """
@@ -19,21 +22,32 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._whole_bytes = 0
-        self._read: dict[tuple[str, int], str] | None = None
+        self._loaded = False
+        self._failures: dict[tuple[str, int], str] = {}
+        self._scores: dict[tuple[str, str], dict[str, Any]] = {}
 
     @property
     def _decided(self) -> dict[tuple[str, int], str]:
+        self._load()
+        return self._failures
+
+    def _load(self) -> None:
         """Read at first use, which is under the run's lock: before it, another process may still write."""
-        if self._read is None:
-            self._read = {}
-            for number, line in enumerate(durable.whole_lines(self._path), start=1):
-                try:
-                    row = json.loads(line)
-                    self._read[row["session"], row["turn"]] = row["failure"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise RunDirectoryError(f"{self._path}:{number} is not a line of a journal") from error
-                self._whole_bytes += len(line) + 1
-        return self._read
+        if self._loaded:
+            return
+        self._loaded = True
+        for number, line in enumerate(durable.whole_lines(self._path), start=1):
+            try:
+                row = json.loads(line)
+                if "reward" in row:
+                    outcome = "values" if "values" in row else "failure"
+                    kept = {name: row[name] for name in ("session", "reward", "digest", outcome)}
+                    self._scores[row["session"], row["reward"]] = kept
+                else:
+                    self._failures[row["session"], row["turn"]] = row["failure"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunDirectoryError(f"{self._path}:{number} is not a line of a journal") from error
+            self._whole_bytes += len(line) + 1
 
     def recall(self, session: str, turn: int) -> str | None:
         """The failure that was recorded for this turn of this session, or None."""
@@ -47,7 +61,23 @@ class Journal:
             return
         if known is not None:
             raise ValueError(f"session {session} turn {turn} failed as {known!r} before and cannot fail as {failure!r}")
-        line = durable.json_line({"session": session, "turn": turn, "failure": failure})
+        self._append(durable.json_line({"session": session, "turn": turn, "failure": failure}))
+        self._decided[session, turn] = failure
+
+    def recall_score(self, session: str, reward: str, digest: str) -> Mapping[str, Any] | None:
+        """What the reward gave this session, if its transcript was the same: a row with `values` or `failure`."""
+        self._load()
+        row = self._scores.get((session, reward))
+        return row if row is not None and row["digest"] == digest else None
+
+    def record_scores(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write down rows of session, reward, digest, and values or failure. Raises RunDirectoryError."""
+        self._load()
+        if rows:
+            self._append(b"".join(durable.json_line(row) for row in rows))
+        self._scores |= {(row["session"], row["reward"]): dict(row) for row in rows}
+
+    def _append(self, line: bytes) -> None:
         try:
             if self._path.exists() and self._path.stat().st_size > self._whole_bytes:
                 os.truncate(self._path, self._whole_bytes)
@@ -55,4 +85,3 @@ class Journal:
         except OSError as error:
             raise RunDirectoryError(f"{self._path} could not be written: {error}") from error
         self._whole_bytes += len(line)
-        self._decided[session, turn] = failure

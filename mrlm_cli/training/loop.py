@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from mrlm_cli.errors import Interrupted
+from mrlm_cli.errors import Interrupted, ScoringError
 from mrlm_cli.metrics import Sums
 from mrlm_cli.records import Progress
 from mrlm_cli.training.annotate import annotate, unsound_rows
@@ -53,6 +53,10 @@ def run(trainer: Trainer, stopper: Stopper) -> None:
         raise Interrupted(
             number, f"stopped after step {trainer.step} of {steps}, saved; go on with: mrlm resume {trainer.run.path}"
         ) from None
+    except ScoringError:
+        if saved != trainer.step:
+            trainer.save()
+        raise
     trainer.announce.finished(trainer.step)
 
 
@@ -65,7 +69,7 @@ def iteration(trainer: Trainer) -> None:
     cursor = trainer.source.state()
     try:
         episodes = trainer.source.episodes(trainer.step)
-    except StopRequested:
+    except (StopRequested, ScoringError):
         trainer.source.load_state(cursor)
         raise
     sampled = time.perf_counter()

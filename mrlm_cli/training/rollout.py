@@ -14,10 +14,13 @@ from mrlm_cli.errors import SessionFailure
 from mrlm_cli.policy.chat import Chat
 from mrlm_cli.recipe.sections import Sampling
 from mrlm_cli.records import Episode, EpisodeStop, Limits, Reply, Task, Transcript, Turn
+from mrlm_cli.rewards.base import PREFIX, Failure, Outcome
+from mrlm_cli.rewards.firewall import Scorers
 from mrlm_cli.training.agents import Frozen, Other, Script
 from mrlm_cli.training.conversation import Conversation
 
 EXCLUDED = "excluded: "  # a failure that begins so is an episode that never fitted, not a technical failure
+UNSCORED = "reward "  # and one that begins so, with the reward's name, is of a session that a reward could not score
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class Rollout:
         bootstrap: bool,
         phase: Callable[[str, int, int], None],
         others: Mapping[str, Other] | None = None,
+        scorers: Scorers | None = None,
     ) -> None:
         self._host = host
         self._engine = engine
@@ -86,6 +90,7 @@ class Rollout:
         self._bootstrap = bootstrap
         self._phase = phase
         self._others = others or {}
+        self._scorers = scorers
         self._engines = {id(one.engine): one.engine for one in self._others.values() if isinstance(one, Frozen)}
         self._max_tokens = min(sampling.max_tokens or chat.context, chat.context)
 
@@ -131,7 +136,34 @@ class Rollout:
                 cohort.ticket = self._host.step(replies)
                 waiting.append(cohort)
         self._phase(f"{draw.stream}: sampling", done, len(sessions))
+        self._score(sessions, draw)
         return [episode for one in sessions for episode in self._episodes(one, draw.attempt)]
+
+    def _score(self, sessions: Sequence[_Live], draw: Draw) -> None:
+        """Add what the recipe's rewards give to each session that came to an end; one they cannot score has failed.
+
+        Where the value is bootstrapped, a session that was cut would have gone on, and is left unscored.
+        """
+        if self._scorers is None or not self._scorers.weights:
+            return
+        ended = [one for one in sessions if one.stop == "done" or (one.stop != "failed" and not self._bootstrap)]
+        self._phase(f"{draw.stream}: scoring", 0, len(ended))
+        given = self._scorers.score([(one.name, self._transcript(one)) for one in ended])
+        for one, outcomes in zip(ended, given, strict=True):
+            for label, outcome in outcomes.items():
+                if isinstance(outcome, Failure):
+                    one.end("failed", f"{UNSCORED}{label}: {outcome.text}")
+            if one.stop != "failed":
+                self._take_scores(one, outcomes)
+
+    def _take_scores(self, one: _Live, outcomes: Mapping[str, Outcome]) -> None:
+        assert self._scorers is not None
+        for label, values in outcomes.items():
+            assert not isinstance(values, Failure)
+            for agent, value in values.items():
+                talk = one.conversations[agent]
+                one.rewards.append((agent, max(0, talk.turn - 1), f"{PREFIX}{label}", value))
+                talk.reward(self._scorers.weights[label] * value)
 
     def _cohorts(self, sessions: list[_Live]) -> list[list[_Live]]:
         if len(sessions) < 2 or not any(self._host.thinks_apart(one.task.env) for one in sessions):
@@ -247,9 +279,9 @@ class Rollout:
         other = self._others.get(agent)
         return other.chat.context if isinstance(other, Frozen) else self._max_tokens
 
-    def _episodes(self, one: _Live, attempt: int) -> list[Episode]:
+    def _transcript(self, one: _Live) -> Transcript:
         assert one.stop is not None
-        transcript = Transcript(
+        return Transcript(
             task=one.task,
             sample=one.sample,
             views={agent: tuple(talk.view) for agent, talk in one.conversations.items()},
@@ -258,6 +290,10 @@ class Rollout:
             stop=one.stop,
             failure=one.failure,
         )
+
+    def _episodes(self, one: _Live, attempt: int) -> list[Episode]:
+        assert one.stop is not None
+        transcript = self._transcript(one)
         environment = self._host.environments[one.task.env]
         learners = [agent for agent in environment.roles(environment.config) if self._learns(agent)]
         spoke = [agent for agent in learners if agent in one.conversations and one.conversations[agent].turn]

@@ -10,7 +10,9 @@ from mrlm_cli.envs.host import Host
 from mrlm_cli.envs.scripted import Script
 from mrlm_cli.errors import SessionFailure
 from mrlm_cli.records import Episode, EpisodeStop, Message, Reply, Task, Transcript, Turn
-from mrlm_cli.training.rollout import Draw
+from mrlm_cli.rewards.base import PREFIX, Failure
+from mrlm_cli.rewards.firewall import Scorers
+from mrlm_cli.training.rollout import UNSCORED, Draw
 
 
 @dataclass(slots=True)
@@ -31,9 +33,18 @@ class _Live:
 class ScriptedRollout:
     """Stands where a Rollout stands in an evaluation. Every agent of a session speaks by the same script."""
 
-    def __init__(self, host: Host, script: Script, *, max_turns: int, phase: Callable[[str, int, int], None]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        script: Script,
+        *,
+        max_turns: int,
+        phase: Callable[[str, int, int], None],
+        scorers: Scorers | None = None,
+    ) -> None:
         self._host = host
         self._script = script
+        self._scorers = scorers
         self._max_turns = max_turns
         self._phase = phase
 
@@ -60,7 +71,19 @@ class ScriptedRollout:
             self._phase(f"{draw.stream}: playing", len(sessions) - len(live), len(sessions))
             if live:
                 ticket = self._host.step([(one.name, self._say(one)) for one in live])
+        if self._scorers is not None:
+            self._score(self._scorers, [one for one in sessions if one.stop != "failed"])
         return [episode for one in sessions for episode in self._episodes(one)]
+
+    def _score(self, scorers: Scorers, sessions: Sequence[_Live]) -> None:
+        given = scorers.score([(one.name, _transcript(one)) for one in sessions])
+        for one, outcomes in zip(sessions, given, strict=True):
+            for label, outcome in outcomes.items():
+                if isinstance(outcome, Failure):
+                    one.stop, one.failure = "failed", f"{UNSCORED}{label}: {outcome.text}"
+                else:
+                    turns = {agent: max(0, one.spoken.get(agent, 0) - 1) for agent in outcome}
+                    one.rewards += [(whom, turns[whom], f"{PREFIX}{label}", outcome[whom]) for whom in outcome]
 
     def _hear(self, one: _Live, turn: Turn | SessionFailure) -> None:
         if isinstance(turn, SessionFailure):
@@ -89,15 +112,9 @@ class ScriptedRollout:
         assert one.stop is not None
         environment = self._host.environments[one.task.env]
         weights = environment.reward_weights(environment.config)
-        transcript = Transcript(
-            task=one.task,
-            sample=one.sample,
-            views={agent: tuple(view) for agent, view in one.views.items()},
-            rewards=tuple(one.rewards),
-            facts=one.facts,
-            stop=one.stop,
-            failure=one.failure,
-        )
+        if self._scorers is not None:
+            weights |= {f"{PREFIX}{label}": weight for label, weight in self._scorers.weights.items()}
+        transcript = _transcript(one)
         return [
             Episode(
                 id=f"{one.name}/{agent}",
@@ -115,5 +132,18 @@ class ScriptedRollout:
                 ended=one.failure is None,
                 failure=one.failure,
             )
-            for agent in (one.views or environment.agents[:1])
+            for agent in (one.views or environment.roles(environment.config)[:1])
         ]
+
+
+def _transcript(one: _Live) -> Transcript:
+    assert one.stop is not None
+    return Transcript(
+        task=one.task,
+        sample=one.sample,
+        views={agent: tuple(view) for agent, view in one.views.items()},
+        rewards=tuple(one.rewards),
+        facts=one.facts,
+        stop=one.stop,
+        failure=one.failure,
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -18,6 +19,7 @@ from mrlm_cli.errors import UserError
 from mrlm_cli.policy import load
 from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.recipe.sections import ModelSection
+from mrlm_cli.rewards.firewall import ScoreJournal, Scorers
 from mrlm_cli.training import agents, questions
 from mrlm_cli.training.agents import Frozen
 from mrlm_cli.training.machine import default_threads, keep_memory
@@ -43,6 +45,10 @@ def settled(recipe: Recipe, folders: Sequence[Path] = ()) -> Recipe:
     return recipe.model_copy(update={"hardware": hardware})
 
 
+class RunJournal(Journal, ScoreJournal, Protocol):
+    """What clocks decided, of environments and of rewards."""
+
+
 class Stage:
     """Built from a settled recipe. A context manager: leaving it ends the environments' worker processes.
 
@@ -55,7 +61,7 @@ class Stage:
         recipe: Recipe,
         folders: Sequence[Path],
         *,
-        journal: Journal,
+        journal: RunJournal,
         check: Callable[[], None],
         phase: Callable[[str, int, int], None],
         values: bool = True,
@@ -87,7 +93,7 @@ class Stage:
 
         def watched() -> None:
             check()
-            if awaited := self.host.waiting():
+            if awaited := self.host.waiting() or self.scorers.waiting():
                 phase(f"waiting for {awaited}", 0, 0)
 
         self.host = Host(
@@ -99,6 +105,9 @@ class Stage:
             check=watched,
         )
         self.environments = self.host.environments
+        self.scorers = Scorers(
+            recipe.rewards, folders=folders, workers=hardware.worker_processes, journal=journal, check=watched
+        )
 
     def rollout(self, *, bootstrap: bool) -> Rollout:
         """Episodes by this policy; with `bootstrap`, a cut reply is left unscored."""
@@ -110,6 +119,7 @@ class Stage:
             bootstrap=bootstrap,
             phase=self._phase,
             others=self._others,
+            scorers=self.scorers,
         )
 
     def findings(self) -> dict[str, float]:
@@ -123,4 +133,5 @@ class Stage:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.scorers.shutdown()
         self.host.shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 from mrlm_cli.envs.base import Environment
 from mrlm_cli.metrics import Sums
 from mrlm_cli.records import Episode
+from mrlm_cli.rewards.base import PREFIX
 from mrlm_cli.training.evaluate import component_sums
-from mrlm_cli.training.rollout import EXCLUDED
+from mrlm_cli.training.rollout import EXCLUDED, UNSCORED
 
 
 def episode_metrics(episodes: Sequence[Episode], environments: Mapping[str, Environment]) -> Sums:
@@ -26,6 +28,9 @@ def episode_metrics(episodes: Sequence[Episode], environments: Mapping[str, Envi
     sums.add("refilled_groups", sum(attempt > 0 for attempt, _ in groups))
     sums.add("failed_rate", len(episodes) - len(good) - len(excluded), len(episodes))
     sums.add("excluded_rate", len(excluded), len(episodes))
+    unscored = [one.failure for one in episodes if one.failure is not None and one.failure.startswith(UNSCORED)]
+    for label, count in Counter(failure.removeprefix(UNSCORED).partition(":")[0] for failure in unscored).items():
+        sums.add(f"failed/{label}", count)
     rewards = [sum(one.rewards) for one in good]
     if rewards and environments:
         mean = sum(rewards) / len(rewards)
@@ -44,6 +49,9 @@ def episode_metrics(episodes: Sequence[Episode], environments: Mapping[str, Envi
             sums.add(f"reward/{one.task.env}/{name}", received.get(name, 0.0))
             if several:
                 sums.add(f"reward/{one.task.env}/{one.agent}/{name}", received.get(name, 0.0))
+        for name in received:
+            if name.startswith(PREFIX):
+                sums.add(f"reward/{name.removeprefix(PREFIX)}", received[name])
         for name, value in one.transcript.facts.items():
             sums.add(f"fact/{one.task.env}/{name}", value)
     return sums

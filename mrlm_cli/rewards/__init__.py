@@ -1,0 +1,1 @@
+"""What scores finished sessions, next to the environments' own components."""
