@@ -8,6 +8,7 @@ from mrlm_cli.kernels import llama
 from mrlm_cli.kernels.functions import Linear, NormLinear, SwiGLU, gather, spread
 from mrlm_cli.kernels.llama import Rotate, Trunk
 from mrlm_cli.kernels.packing import pack
+from mrlm_cli.kernels.products import FrozenLinear
 from mrlm_cli.policy.trunk import checkpoint_activations
 from tests.test_policy_families import VOCABULARY, tiny
 
@@ -194,3 +195,26 @@ def test_whatever_is_not_exactly_of_this_shape_is_left_to_transformers(spoil):
     spoil(model)
     assert Trunk.of(model) is None
     assert Trunk.of(tiny("gemma").lm.base_model) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("wide", [16, 512])  # too small for a layout of its own, and large enough
+def test_frozen_products_take_present_weights_when_told(dtype, wide):
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(rows, wide, generator=generator) for rows in (96, 64)]
+    biases = [torch.randn(rows, generator=generator) for rows in (96, 64)]
+    x = torch.randn(7, wide, generator=generator).to(dtype)
+    frozen = FrozenLinear(parts, biases, dtype)
+    frozen.load()
+
+    def expected():
+        weight, bias = torch.cat(parts).to(dtype), torch.cat(biases).to(dtype)
+        return (x.double() @ weight.double().t() + bias.double()).to(dtype)
+
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float64: 1e-10}[dtype]
+    first = frozen(x)
+    torch.testing.assert_close(first, expected(), rtol=1e-2 if dtype == torch.bfloat16 else 0, atol=tolerance)
+    parts[1].mul_(-1)
+    assert torch.equal(frozen(x), first)
+    frozen.load()
+    torch.testing.assert_close(frozen(x), expected(), rtol=1e-2 if dtype == torch.bfloat16 else 0, atol=tolerance)

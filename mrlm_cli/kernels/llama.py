@@ -23,7 +23,9 @@ _ROTARY = {"default", "linear", "llama3", "yarn"}  # kinds whose angles depend o
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
+    """The parameters of one decoder layer."""
+
     input_norm: nn.Parameter
     qkv: tuple[nn.Parameter, ...]
     qkv_bias: tuple[nn.Parameter, ...]
@@ -37,14 +39,14 @@ class _Layer:
 class Trunk:
     """Runs a transformers base model (no LM head) of Llama shape over packed positions."""
 
-    def __init__(self, model: Any, layers: list[_Layer]) -> None:
+    def __init__(self, model: Any, layers: list[Layer]) -> None:
         config = model.config
-        self._model = model
-        self._layers = layers
-        self._heads = int(config.num_attention_heads)
-        self._kv_heads = int(config.num_key_value_heads)
-        self._scaling = float(model.layers[0].self_attn.scaling)
-        self._eps = float(config.rms_norm_eps)
+        self.model = model
+        self.layers = layers
+        self.heads = int(config.num_attention_heads)
+        self.kv_heads = int(config.num_key_value_heads)
+        self.scaling = float(model.layers[0].self_attn.scaling)
+        self.eps = float(config.rms_norm_eps)
 
     @staticmethod
     def of(model: Any) -> Trunk | None:
@@ -70,53 +72,59 @@ class Trunk:
 
         With `checkpointing` a layer's activations are made again in the backward pass.
         """
-        x = self._model.embed_tokens(packing.tokens)
-        cos, sin = self._model.rotary_emb(x, packing.positions[None])
-        half = cos.shape[-1] // 2
-        angles = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
-        for layer in self._layers:
+        x = self.model.embed_tokens(packing.tokens)
+        angles = self.angles(x, packing.positions)
+        for layer in self.layers:
             if checkpointing:
                 x = checkpoint(
                     self._forward, layer, x, angles, packing, dtype, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 x = self._forward(layer, x, angles, packing, dtype)
-        hidden: Tensor = self._model.norm(x)
+        hidden: Tensor = self.model.norm(x)
         return hidden
 
+    def angles(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions int64 [N] -> cosines and sines of the rotary angles [N,d/2], in the type of `like`."""
+        cos, sin = self.model.rotary_emb(like, positions[None])
+        half = cos.shape[-1] // 2
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+    def norm_heads(self, projected: Tensor, layer: Layer) -> Tensor:
+        """projected [N,(heads+2·kv_heads)·d]: each head's query and key through its norm, where the family has one."""
+        if layer.head_norms is None:
+            return projected
+        query_norm, key_norm = layer.head_norms
+        x = projected.view(len(projected), self.heads + 2 * self.kv_heads, -1)
+        query, key, value = x.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        normed = [query_norm(query).to(x.dtype), key_norm(key).to(x.dtype), value]  # fp32 inside
+        return torch.cat(normed, dim=1).flatten(1)
+
     def _forward(
-        self, layer: _Layer, x: Tensor, angles: tuple[Tensor, Tensor], packing: Packing, dtype: torch.dtype | None
+        self, layer: Layer, x: Tensor, angles: tuple[Tensor, Tensor], packing: Packing, dtype: torch.dtype | None
     ) -> Tensor:
         dtype = dtype or x.dtype
         bias = Fuse.apply(dtype, *layer.qkv_bias) if layer.qkv_bias else None
-        projected = NormLinear.apply(x, layer.input_norm, Fuse.apply(dtype, *layer.qkv), bias, self._eps)
-        if layer.head_norms is not None:
-            projected = self._norm_heads(projected, *layer.head_norms)
+        projected = NormLinear.apply(x, layer.input_norm, Fuse.apply(dtype, *layer.qkv), bias, self.eps)
+        projected = self.norm_heads(projected, layer)
         x = x + Linear.apply(self._attend(projected, angles, packing), Fuse.apply(dtype, layer.out))
-        both = NormLinear.apply(x, layer.mlp_norm, Fuse.apply(dtype, *layer.gate_up), None, self._eps)
+        both = NormLinear.apply(x, layer.mlp_norm, Fuse.apply(dtype, *layer.gate_up), None, self.eps)
         return x + Linear.apply(SwiGLU.apply(both), Fuse.apply(dtype, layer.down))
 
     def _attend(self, projected: Tensor, angles: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
-        heads, kv_heads = self._heads, self._kv_heads
+        heads, kv_heads = self.heads, self.kv_heads
         rows, longest = packing.rows
         if longest <= WRITTEN_OUT and projected.device.type == "cpu":
-            return Attention.apply(projected, *angles, packing, heads, kv_heads, self._scaling)
+            return Attention.apply(projected, *angles, packing, heads, kv_heads, self.scaling)
         x = projected.to(angles[0].dtype).view(len(angles[0]), heads + 2 * kv_heads, -1)
         turned = Rotate.apply(x[:, : heads + kv_heads], *angles).to(projected.dtype)
         x = torch.cat([turned, x[:, heads + kv_heads :].to(projected.dtype)], dim=1).flatten(1)
         x = Spread.apply(x, packing).view(rows, longest, heads + 2 * kv_heads, -1).transpose(1, 2)
         query, key, value = x.split([heads, kv_heads, kv_heads], dim=1)
         attended = nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self._scaling, enable_gqa=True
+            query, key, value, is_causal=True, scale=self.scaling, enable_gqa=True
         )
         return attended.transpose(1, 2).reshape(rows * longest, -1).index_select(0, packing.owner)
-
-    def _norm_heads(self, projected: Tensor, query_norm: Any, key_norm: Any) -> Tensor:
-        heads, kv_heads = self._heads, self._kv_heads
-        x = projected.view(len(projected), heads + 2 * kv_heads, -1)
-        query, key, value = x.split([heads, kv_heads, kv_heads], dim=1)
-        normed = [query_norm(query).to(x.dtype), key_norm(key).to(x.dtype), value]  # fp32 inside
-        return torch.cat(normed, dim=1).flatten(1)
 
 
 def plain_linear(module: nn.Module) -> bool:
@@ -142,7 +150,7 @@ class Rotate(torch.autograd.Function):
         return turned, None, None
 
 
-def _layer(layer: Any) -> _Layer | None:
+def _layer(layer: Any) -> Layer | None:
     """The parameters of a decoder layer; None if a linear layer of it is not a plain one or has an unknown bias."""
     attention, mlp = layer.self_attn, layer.mlp
     qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -152,7 +160,7 @@ def _layer(layer: Any) -> _Layer | None:
     biases = tuple(each.bias for each in qkv if each.bias is not None)
     if len(biases) not in (0, 3):
         return None
-    return _Layer(
+    return Layer(
         input_norm=layer.input_layernorm.weight,
         qkv=tuple(each.weight for each in qkv),
         qkv_bias=biases,

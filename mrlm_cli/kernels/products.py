@@ -5,12 +5,17 @@ On CPUs oneDNN multiplies float32 faster than torch's default library; the sums 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 # Below this many multiplications the call costs more than it gains.
 _SMALLEST = 2**22
+# Numbers in a matrix from which on a layout of its own pays, and the rows of x that the layout is chosen for.
+_WORTH_LAYING_OUT = 2**16
+_ROWS = 32
 
 
 def _by_onednn(x: Tensor, rows: int) -> bool:
@@ -43,3 +48,41 @@ def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """gradient [N,O], x [N,I] -> [O,I]. Here both factors would have to be transposed first, which eats the gain."""
     return gradient.t() @ x
+
+
+class FrozenLinear:
+    """x [N,I] -> x weightᵀ + bias [N,O] in `dtype`, over a copy of the weights laid out once for the fastest product.
+
+    `parts` are matrices [O_i, I] of one width, put on top of one another. `load` takes their present values. Without
+    oneDNN (another device, another type, or a small matrix) nothing is laid out, and a single part in the right type is
+    not even copied. Nothing here is differentiable.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._parts = tuple(parts)
+        self._biases = tuple(biases)
+        self._dtype = dtype
+        self._bias: Tensor | None = None
+        self._weight: Tensor = parts[0]
+
+    @torch.no_grad()
+    def load(self) -> None:
+        """Take the present values of the parts."""
+        parts = [part.detach().to(self._dtype) for part in self._parts]
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+        self._bias = torch.cat([bias.detach().to(self._dtype) for bias in self._biases]) if self._biases else None
+        self._laid_out = (
+            _ONEDNN is not None
+            and weight.device.type == "cpu"
+            and weight.dtype in (torch.float32, torch.bfloat16)
+            and weight.numel() >= _WORTH_LAYING_OUT
+        )
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self._laid_out else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N,I] in `dtype` -> [N,O]."""
+        if self._laid_out:
+            assert _ONEDNN is not None
+            product: Tensor = _ONEDNN(x, self._weight, self._bias, "none", [], "")
+            return product
+        return torch.nn.functional.linear(x, self._weight, self._bias)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from mrlm_cli.engines.cached.cache import SlotCache
-from mrlm_cli.engines.cached.forward import Forward, rounded
+from mrlm_cli.engines.cached.forward import AnyForward, Forward, extend, rounded
+from mrlm_cli.engines.cached.llama import LlamaForward
 from mrlm_cli.engines.cached.slots import Conversation, Layout, arranged
 from mrlm_cli.engines.drafts import Draft, check_requests
 from mrlm_cli.engines.sampler import sample
-from mrlm_cli.engines.weights import Weights, decoding
+from mrlm_cli.engines.weights import decoding
+from mrlm_cli.errors import EngineError
 from mrlm_cli.records import Completion, Request
 
 PREFILL_TOKENS = 2048  # padded tokens of one prefill forward; a longer prompt makes a forward of its own
@@ -30,7 +32,8 @@ class Decoder:
         self._most_rows = slots
         self._cached_tokens = cached_tokens
         self._check = check
-        self._weights = Weights(precision)
+        self._precision = precision
+        self._source: torch.nn.Module | None = None
         self._forward: Forward | None = None
         self._device = torch.device("cpu")
         self._cache: SlotCache | None = None
@@ -40,11 +43,12 @@ class Decoder:
     def load(self, module: torch.nn.Module) -> None:
         """Take weights, forget every conversation."""
         self.free(list(self._held))
-        before = self._forward
-        self._weights.load(module)
-        self._device = next(self._weights.module.parameters()).device
-        if before is None or before.module is not self._weights.module:
-            self._forward, self._cache = Forward(self._weights.module), None
+        if module is self._source and self._forward is not None:
+            self._forward.refresh()
+        else:
+            self._forward = LlamaForward.of(module, self._precision) or AnyForward(module, self._precision)
+            self._source, self._cache = module, None
+            self._device = next(module.parameters()).device
 
     def free(self, names: Iterable[str]) -> None:
         """Forget these conversations; unknown names are ignored."""
@@ -55,7 +59,9 @@ class Decoder:
 
     def generate(self, requests: Sequence[Request], decode: Callable[[Sequence[int]], str]) -> list[Completion]:
         """Completions in request order. After any exception nothing is held any more."""
-        module: Any = self._weights.module
+        if self._forward is None:
+            raise EngineError("the engine has no weights yet: load a policy first")
+        module = self._forward.module
         held = {name: row.tokens for name, row in self._held.items()}
         check_requests(requests, held, getattr(module.config, "max_position_embeddings", None))
         if not requests:
@@ -178,7 +184,8 @@ class Decoder:
         counts = [len(tokens) for tokens in new]
         longest = max(counts)
         padded = [tokens + (0,) * (longest - len(tokens)) for tokens in new]
-        logits = self._forward.extend(
+        logits = extend(
+            self._forward,
             self._cache,
             slots=self._tensor([row.slot for row in rows]),
             tokens=self._tensor(padded),
@@ -205,7 +212,7 @@ class Decoder:
         while ended * TURNOVER < len(live):
             self._check()
             longest = max(row.fed for row in live) + 1
-            logits = self._forward.extend(self._cache, None, tokens[:, None], positions, None, longest, fresh=False)
+            logits = extend(self._forward, self._cache, None, tokens[:, None], positions, None, longest, fresh=False)
             for row in live:
                 row.fed += not row.ended
             positions = positions + growing

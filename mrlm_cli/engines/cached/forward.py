@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from mrlm_cli.engines.cached.cache import SlotCache, Write
+from mrlm_cli.engines.weights import Weights
 from mrlm_cli.errors import EngineError
 
 WIDTH_STEP = 32  # attention widths and capacities are multiples of it, so that few distinct shapes occur
@@ -19,14 +20,62 @@ def rounded(length: int) -> int:
     return -(-length // WIDTH_STEP) * WIDTH_STEP
 
 
-class Forward:
-    """Drives an unmodified transformers causal LM over a SlotCache.
+class Forward(Protocol):
+    """A model that appends tokens to slots."""
+
+    @property
+    def module(self) -> Any:
+        """The transformers module whose weights it runs with."""
+
+    def refresh(self) -> None:
+        """Take the present weights of the module that it was made for."""
+
+    def run(
+        self,
+        cache: SlotCache,
+        write: Write,
+        tokens: torch.Tensor,  # int64 [B, Q], padded on the right
+        positions: torch.Tensor,  # int64 [B, Q]; padding repeats the last real position
+        last: torch.Tensor | None,  # int64 [B]: the place of each row whose logits are wanted; None: Q is 1
+    ) -> torch.Tensor:
+        """Append tokens to slots as `write` says; logits [B, V]."""
+
+
+def extend(
+    forward: Forward,
+    cache: SlotCache,
+    slots: torch.Tensor | None,  # int64 [B]; None: slots 0 to B - 1
+    tokens: torch.Tensor,  # int64 [B, Q], padded on the right
+    starts: torch.Tensor,  # int64 [B]: positions already in each slot
+    counts: torch.Tensor | None,  # int64 [B]: real tokens of each row; None: all Q
+    longest: int,  # the largest start + count
+    fresh: bool,  # every start is 0
+) -> torch.Tensor:
+    """Append tokens to slots; logits [B, V] after the last real token of each row."""
+    rows, queries = tokens.shape
+    device = tokens.device
+    steps = torch.arange(queries, device=device)[None]  # [1, Q]
+    # Padding repeats the last real position, so that it stays inside tables of learnt positions.
+    offsets = steps.expand(rows, -1) if counts is None else torch.minimum(steps, counts[:, None] - 1)
+    positions = starts[:, None] + offsets  # [B, Q]
+    of_rows = torch.arange(rows, device=device) if slots is None else slots
+    real = None if counts is None else (steps < counts[:, None]).flatten().nonzero()[:, 0]
+    at_slots, at_positions = of_rows[:, None].expand(-1, queries).flatten(), positions.flatten()
+    if real is not None:
+        at_slots, at_positions = at_slots[real], at_positions[real]
+    width = queries if fresh else min(rounded(longest), cache.capacity)
+    write = Write(slots, fresh, width, at_slots, at_positions, real)
+    last = None if queries == 1 else (offsets[:, -1] if counts is None else counts - 1)
+    return forward.run(cache, write, tokens, positions, last)
+
+
+class AnyForward:
+    """Drives an unmodified transformers causal LM.
 
     Raises EngineError for families whose layers keep more than keys and values, or that need another attention.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module: Any = module
+    def __init__(self, module: torch.nn.Module, precision: str) -> None:
         config: Any = module.config
         if config._attn_implementation not in ("sdpa", "eager"):
             raise EngineError(
@@ -46,36 +95,33 @@ class Forward:
         self._windows: dict[str, int | None] = {
             kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))
         }
+        self._source = module
+        self._weights = Weights(precision)
+        self.refresh()
 
-    def extend(
+    @property
+    def module(self) -> Any:
+        """The module that decodes: the given one in float32, a copy in bfloat16."""
+        return self._weights.module
+
+    def refresh(self) -> None:
+        """Take the present weights."""
+        self._weights.load(self._source)
+
+    def run(
         self,
         cache: SlotCache,
-        slots: torch.Tensor | None,  # int64 [B]; None: slots 0 to B - 1
-        tokens: torch.Tensor,  # int64 [B, Q], padded on the right
-        starts: torch.Tensor,  # int64 [B]: positions already in each slot
-        counts: torch.Tensor | None,  # int64 [B]: real tokens of each row; None: all Q
-        longest: int,  # the largest start + count
-        fresh: bool,  # every start is 0
+        write: Write,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        last: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Append tokens to slots; logits [B, V] after the last real token of each row."""
-        rows, queries = tokens.shape
-        device = tokens.device
-        steps = torch.arange(queries, device=device)[None]  # [1, Q]
-        # Padding repeats the last real position, so that it stays inside tables of learnt positions.
-        offsets = steps.expand(rows, -1) if counts is None else torch.minimum(steps, counts[:, None] - 1)
-        positions = starts[:, None] + offsets  # [B, Q]
-        of_rows = torch.arange(rows, device=device) if slots is None else slots
-        real = None if counts is None else (steps < counts[:, None]).flatten().nonzero()[:, 0]
-        at_slots, at_positions = of_rows[:, None].expand(-1, queries).flatten(), positions.flatten()
-        if real is not None:
-            at_slots, at_positions = at_slots[real], at_positions[real]
-        width = queries if fresh else min(rounded(longest), cache.capacity)
-        cache.write = Write(slots, fresh, width, at_slots, at_positions, real)
-        last = None if queries == 1 else (offsets[:, -1] if counts is None else counts - 1)
+        """See `Forward`."""
+        cache.write = write
         with self._head_at(last):
             out = self.module(
                 input_ids=tokens,
-                attention_mask=self._masks(positions, width),
+                attention_mask=self._masks(positions, write.width),
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,

@@ -1,0 +1,116 @@
+"""One forward over slots for models of Llama shape, written out: the same numbers as `Forward`, with less work.
+
+The weights of the linear layers are one copy in the decoding type, laid out for products with few rows; norms,
+embeddings and rotary angles are the model's own, and the residual stream and attention are in their type.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mrlm_cli.engines.cached.cache import SlotCache, Write
+from mrlm_cli.kernels.functions import rotate_
+from mrlm_cli.kernels.llama import WRITTEN_OUT, Trunk, plain_linear
+from mrlm_cli.kernels.products import FrozenLinear
+
+
+class LlamaForward:
+    """Drives a Llama-shaped causal LM over a SlotCache."""
+
+    def __init__(self, module: Any, trunk: Trunk, dtype: torch.dtype) -> None:
+        self.module = module
+        self._trunk = trunk
+        self._dtype = dtype
+        self._layers = [
+            (
+                layer,
+                FrozenLinear(layer.qkv, layer.qkv_bias, dtype),
+                FrozenLinear([layer.out], [], dtype),
+                FrozenLinear(layer.gate_up, [], dtype),
+                FrozenLinear([layer.down], [], dtype),
+            )
+            for layer in trunk.layers
+        ]
+        self._head = FrozenLinear([module.get_output_embeddings().weight], [], dtype)
+        self.refresh()
+
+    @staticmethod
+    def of(module: Any, precision: str) -> LlamaForward | None:
+        """The forward of `module`, or None if it is of another shape."""
+        trunk = Trunk.of(module.base_model)
+        head = module.get_output_embeddings()
+        if trunk is None or not plain_linear(head) or head.bias is not None:
+            return None
+        if getattr(module.config, "final_logit_softcapping", None) is not None:
+            return None
+        return LlamaForward(module, trunk, torch.bfloat16 if precision == "bfloat16" else head.weight.dtype)
+
+    def refresh(self) -> None:
+        """Take the present weights of the module."""
+        for _, *products in self._layers:
+            for product in products:
+                product.load()
+        self._head.load()
+
+    def run(
+        self,
+        cache: SlotCache,
+        write: Write,
+        tokens: Tensor,  # int64 [B, Q]
+        positions: Tensor,  # int64 [B, Q]
+        last: Tensor | None,  # int64 [B]: where each row's logits are asked for; None: Q is 1
+    ) -> Tensor:
+        """See `Forward`."""
+        rows, queries = tokens.shape
+        cache.write = write
+        x = self._trunk.model.embed_tokens(tokens).flatten(0, 1)  # [N, H], N = B x Q
+        angles = self._trunk.angles(x, positions.flatten())
+        keys = torch.arange(write.width, device=tokens.device)
+        hidden = keys > positions[:, None, :, None]  # [B, 1, Q, width]
+        mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, -torch.inf)
+        for number, (layer, qkv, out, gate_up, down) in enumerate(self._layers):
+            projected = self._trunk.norm_heads(qkv(self._norm(x, layer.input_norm)), layer)
+            attended = self._attend(cache, number, projected, angles, mask, rows, queries)
+            x = x + out(attended.to(self._dtype))
+            gate, up = gate_up(self._norm(x, layer.mlp_norm)).chunk(2, dim=-1)
+            x = x + down(torch.nn.functional.silu(gate).mul_(up))
+        cache.write = None
+        if last is not None:
+            x = x.view(rows, queries, -1)[torch.arange(rows, device=x.device), last]
+        logits: Tensor = self._head(self._trunk.model.norm(x).to(self._dtype))
+        return logits
+
+    def _norm(self, x: Tensor, gain: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), gain, self._trunk.eps).to(self._dtype)
+
+    def _attend(
+        self,
+        cache: SlotCache,
+        number: int,
+        projected: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor,
+        rows: int,
+        queries: int,
+    ) -> Tensor:
+        """projected [N,(heads+2·kv_heads)·d] -> [N, heads·d] in the type of the residual stream."""
+        heads, kv_heads = self._trunk.heads, self._trunk.kv_heads
+        x = projected.to(mask.dtype, copy=True).view(rows * queries, heads + 2 * kv_heads, -1)
+        rotate_(x[:, : heads + kv_heads], *angles)
+        x = x.view(rows, queries, heads + 2 * kv_heads, -1).transpose(1, 2)  # [B, all heads, Q, d]
+        query, key, value = x.split([heads, kv_heads, kv_heads], dim=1)
+        keys, values = cache.update(key, value, number)  # [B, kv_heads, width, d]
+        if queries > WRITTEN_OUT or mask.device.type != "cpu":
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                query, keys, values, attn_mask=mask, scale=self._trunk.scaling, enable_gqa=True
+            )
+        else:
+            shared = query.reshape(rows, kv_heads, -1, query.shape[-1])  # [B, kv_heads, g x Q, d]
+            scores = (shared @ keys.transpose(2, 3)).mul_(self._trunk.scaling)
+            scores.view(rows, heads, queries, -1).add_(mask)
+            attended = torch.softmax(scores, dim=-1) @ values
+            attended = attended.view(rows, heads, queries, -1)
+        return attended.transpose(1, 2).reshape(rows * queries, -1)
