@@ -192,3 +192,16 @@ def test_value_pretraining_leaves_the_policy_bit_for_bit(tmp_path: Path) -> None
         iteration(made)
         assert any(not torch.equal(p, before[name]) for name, p in made.policy.lm.named_parameters(prefix="lm"))
         assert [row["value_pretraining"] for row in made.run.metrics()] == [1, 0]
+
+
+def test_minibatches_are_equal_parts_and_keep_groups_together(tmp_path: Path) -> None:
+    recipe = tiny(sampling={"tasks_per_step": 6, "episodes_per_task": 2}, optimizer={"minibatches": 3})
+    with trainer(tmp_path / "run", recipe) as made:
+        batch = credited(made)
+        passes = [made.updater._minibatches(batch, Progress(0, 3), number) for number in range(2)]
+        for parts in passes:
+            assert [len(part.tokens) for part in parts] == [4, 4, 4]
+            assert sorted(row for part in parts for row in part.episode.tolist()) == list(range(12))
+            seen = [set(part.group.tolist()) for part in parts]
+            assert sum(len(groups) for groups in seen) == 6  # none is split
+        assert passes[0][0].episode.tolist() != passes[1][0].episode.tolist()
