@@ -46,7 +46,7 @@ class Group:
         if not self.config.filter_flat or all(one.stop == "failed" for one in group):
             return None
         cut = ("length", "turns") if self.config.truncation == "mask" else ()
-        scores = [sum(one.rewards) for one in group if one.stop not in ("failed", *cut)]
+        scores = [sum(one.rewards) for one in group if one.stop not in ("failed", *cut) and one.chosen]
         if len(scores) < 2:
             return "fewer than two episodes to compare"
         return "all episodes have the same reward" if max(scores) - min(scores) < FLAT else None
