@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from mrlm_cli import api
 from mrlm_cli.envs.host import NoJournal
 from mrlm_cli.records import Message, Task, Transcript
 from mrlm_cli.rewards.base import Failure
@@ -231,3 +232,43 @@ def test_a_rollout_that_is_repeated_gets_the_same_ratings(server, tmp_path):
     assert len(server.requests) == asked
     ratings = {value for one in first for _, _, name, value in one.transcript.rewards if name == "rewards/judge"}
     assert len(ratings) > 3
+
+
+RECIPE = """
+name: judged
+steps: 4
+model: {{type: scratch, layers: 1, hidden: 32, heads: 2, context: 64}}
+environments: [{{type: sort_digits, digits: 3}}]
+rewards: [{{type: judge, url: "{url}", model: m, weight: 0.1}}]
+sampling: {{tasks_per_step: 8, max_new_tokens: 5}}
+algorithm: {{type: ppo}}
+optimizer: {{lr: 1.0e-3}}
+evaluate: {{every: 0, tasks: 4}}
+checkpoint: {{every: 2, keep: 2}}
+hardware: {{threads: 1, device: cpu, worker_processes: 1}}
+"""
+
+
+def test_a_run_that_lost_its_last_steps_repeats_them_to_the_bit(server, tmp_path):
+    """The judge never rates alike twice, so only the journal can make a resume exact."""
+    server.script = [(200, {}, lambda number: f"{number % 97 / 10:.1f}")]
+    (tmp_path / "judged.yaml").write_text(RECIPE.format(url=server.url))
+    run = api.train(api.load_recipe(tmp_path / "judged.yaml"), run_dir=tmp_path / "run", plain=True)
+    before = rows(run)
+    last = run / "checkpoints/step-000004"
+    weights = {file.name: file.read_bytes() for file in last.rglob("*.safetensors")}
+    asked = len(server.requests)
+    shutil.rmtree(last)  # as if the machine had died before it was written
+    api.resume(run, plain=True)
+    assert rows(run) == before
+    assert {
+        file.name: file.read_bytes() for file in (run / "checkpoints/step-000004").rglob("*.safetensors")
+    } == weights
+    assert len(server.requests) == asked
+    assert len({row["reward/judge"] for row in before}) == 4
+
+
+def rows(run) -> list[dict[str, float]]:
+    clocks = ("seconds", "per_second", "memory")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not any(word in name for word in clocks)} for line in lines]

@@ -136,6 +136,15 @@ def test_a_reply_of_several_lines_and_the_right_answer(monkeypatch, capsys):
     assert "a right answer: \\boxed{" in printed
 
 
+def test_a_person_plays_every_agent_of_a_game(monkeypatch, capsys):
+    kuhn = registry.resolve("environments", "kuhn")
+    made = kuhn(kuhn.Config(type="kuhn"))
+    assert piped(monkeypatch, "b\np\nb\np\n", "kuhn") == 0
+    printed = capsys.readouterr().out
+    for role in made.roles(made.config):
+        assert f"{role}: " in printed
+
+
 @pytest.mark.parametrize(
     ("words", "text", "said"),
     [
