@@ -1,10 +1,11 @@
 """Time one PPO iteration by phase: rollout, scoring, update. Prints one JSON line.
 
-    python tests/benchmarks/iteration.py --model scratch
+    python tests/benchmarks/iteration.py --model tiny
     python tests/benchmarks/iteration.py --model models/smollm2-135m --precision bfloat16
 
 The work of an iteration: 32 episodes of 32 prompt tokens and exactly 64 new tokens each (a sampled end token does not
-stop a row), 4 passes in one minibatch, entropy and value loss on, KL in the reward against the starting policy. The
+stop a row), entropy, KL against the starting policy and, in PPO, value loss on; PPO makes 4 passes over 32 prompts in
+one minibatch, GRPO one pass over 8 prompts sampled 4 times each. The
 first iteration warms up and is not counted; what is quoted is the median of the others. Times of one machine mean
 little: compare with a peer's in the same session.
 """
@@ -33,12 +34,15 @@ from mrlm_cli.training.trainer import Trainer
 
 # Expressions come first, so that no two prompts share a beginning that could be computed once.
 QUESTION = "{expression} " + "the of one two tree river count each box had three more than gave left total " * 4
-PROMPT, NEW, EPISODES, PASSES = 32, 64, 32, 4
+PROMPT, NEW, EPISODES = 32, 64, 32
+PASSES = 4  # of PPO; GRPO makes one
+SAMPLES = 4  # of each prompt, in GRPO
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="scratch", help="scratch, or the directory of a pretrained model")
+    parser.add_argument("--model", default="tiny", help="tiny (3.2M parameters), or a pretrained model's directory")
+    parser.add_argument("--algorithm", default="ppo", choices=["ppo", "grpo"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--value", default="shared", choices=["shared", "separate"])
     parser.add_argument("--iterations", type=int, default=3)
@@ -60,11 +64,12 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     value = {"type": arguments.value}
     model: Any = (
         sections.ScratchModel(type="scratch", layers=4, hidden=256, mlp=688, tokenizer="bytes", value=value)
-        if arguments.model == "scratch"
+        if arguments.model == "tiny"
         else sections.PretrainedModel(
             type="pretrained", path=arguments.model, value=value, chat=sections.Chat(template="plain")
         )
     )
+    per_task, passes = (1, PASSES) if arguments.algorithm == "ppo" else (SAMPLES, 1)
     arithmetic = registry.resolve("environments", "arithmetic")
     recipe = settled(
         Recipe(
@@ -72,12 +77,17 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             steps=arguments.iterations + 1,
             model=model,
             environments=(arithmetic.Config(type="arithmetic", digits=4, prompt=QUESTION),),
-            sampling=sections.Sampling(tasks_per_step=EPISODES, max_new_tokens=NEW, max_tokens=PROMPT + NEW),
-            algorithm=registry.resolve("algorithms", "ppo").Config(
-                type="ppo", kl={"coef": 0.05}, entropy={"coef": 0.01}
+            sampling=sections.Sampling(
+                tasks_per_step=EPISODES // per_task,
+                episodes_per_task=per_task,
+                max_new_tokens=NEW,
+                max_tokens=PROMPT + NEW,
+            ),
+            algorithm=registry.resolve("algorithms", arguments.algorithm).Config(
+                type=arguments.algorithm, kl={"coef": 0.05}, entropy={"coef": 0.01}
             ),
             optimizer=sections.Optimizer(
-                lr=1e-6, passes=PASSES, tokens_per_micro_batch=arguments.tokens_per_micro_batch
+                lr=1e-6, passes=passes, tokens_per_micro_batch=arguments.tokens_per_micro_batch
             ),
             hardware=sections.Hardware(threads=arguments.threads, precision=arguments.precision),
             engine=registry.resolve("engines", "cached").Config(),
@@ -103,7 +113,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "threads": recipe.hardware.threads,
         "parameters": sum(each.numel() for each in trainer.policy.parameters()),
         "sampled_tokens": int(rows[-1]["length"] * rows[-1]["episodes"]),
-        **{name: round(statistics.median(row[name] for row in rows[1:]), 3) for name in phases},
+        **{name: round(statistics.median(row[name] for row in rows[1:] or rows), 3) for name in phases},
         "first_iteration_seconds": round(rows[0]["seconds"], 3),
         "memory_mb": round(rows[-1]["memory_mb"]),
     }

@@ -1,0 +1,113 @@
+"""The same PPO or GRPO iteration here and in TRL, alternately, from one command. Prints a table and one JSON line.
+
+    python tests/benchmarks/vs_trl.py ppo-tiny grpo-tiny --peer trl-env/bin/python --trl112 trl112
+
+TRL needs an environment of its own, and a folder with its last release that had PPO:
+
+    python -m venv trl-env
+    trl-env/bin/pip install "torch>=2.11,<2.14" trl==1.16.0 transformers accelerate datasets
+    trl-env/bin/pip install --no-deps --target trl112 trl==1.12.0
+
+Work of one iteration: 32 episodes of 32 prompt tokens and exactly 64 sampled tokens; PPO makes 4 passes in one
+minibatch, GRPO samples each of 8 prompts 4 times and makes one pass. Both sides use the same number of threads; each
+leaves its first iteration uncounted unless `--iterations 0` asks for a single cold one. Ratios are of medians over the
+rounds: TRL's seconds over ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+# case -> (our arguments, the peer's script, the peer's arguments)
+CASES: dict[str, tuple[list[str], str, list[str]]] = {
+    "ppo-tiny": (["--model", "tiny", "--precision", "bfloat16"], "trl_ppo.py", ["--model", "tiny"]),
+    "ppo-smollm2": (["--precision", "bfloat16"], "trl_ppo.py", ["--model", "smol"]),
+    "ppo-smollm2-critic": (["--precision", "bfloat16", "--value", "separate"], "trl_ppo.py", ["--model", "smol"]),
+    "ppo-smollm2-fp32": (["--precision", "float32"], "trl_ppo.py", ["--model", "smol", "--bf16", "0"]),
+    "grpo-tiny": (
+        ["--model", "tiny", "--precision", "bfloat16", "--algorithm", "grpo"],
+        "trl_grpo.py",
+        ["--model", "tiny"],
+    ),
+    "grpo-smollm2": (["--precision", "bfloat16", "--algorithm", "grpo"], "trl_grpo.py", ["--model", "smol"]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("cases", nargs="+", choices=CASES)
+    parser.add_argument("--peer", type=Path, required=True, help="the Python of TRL's environment")
+    parser.add_argument("--trl112", type=Path, help="the folder that holds TRL 1.12, for PPO")
+    parser.add_argument("--smollm2", type=Path, default=Path("models/smollm2-135m"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=1, help="counted iterations of each side in a round")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    results = [measure(case, arguments) for case in arguments.cases]
+    print(f"{'case':20} {'TRL s':>9} {'ours s':>9} {'ratio':>7}   {'TRL MB':>7} {'ours MB':>7}")
+    for result in results:
+        print(
+            f"{result['case']:20} {result['peer_seconds']:9.2f} {result['our_seconds']:9.2f} {result['ratio']:6.1f}x"
+            f"   {result['peer_memory_mb']:7.0f} {result['our_memory_mb']:7.0f}"
+        )
+    print(json.dumps({"benchmark": "vs_trl", "threads": arguments.threads, "results": results}))
+
+
+def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians over the rounds of one case, ours and the peer's."""
+    ours: list[dict[str, Any]] = []
+    theirs: list[dict[str, Any]] = []
+    given, script, peer_given = CASES[case]
+    if "--model" not in given:
+        given = ["--model", str(arguments.smollm2), *given]
+    threads = ["--threads", str(arguments.threads)]
+    for _ in range(arguments.rounds):
+        counted = ["--iterations", str(arguments.iterations)]
+        ours.append(run([sys.executable, str(HERE / "iteration.py"), *given, *counted, *threads], arguments))
+        steps = ["--steps", str(arguments.iterations + 1)]
+        theirs.append(
+            run([str(arguments.peer), str(HERE / "peers" / script), *peer_given, *steps, *threads], arguments)
+        )
+    our_seconds = statistics.median(each["seconds"] for each in ours)
+    peer_seconds = statistics.median(each["step_s"] for each in theirs)
+    assert {each["sampled_tokens"] for each in ours} == {each["sampled_tok"] for each in theirs}
+    return {
+        "case": case,
+        "rounds": arguments.rounds,
+        "peer": f"TRL {theirs[0]['trl']}",
+        "peer_seconds": peer_seconds,
+        "our_seconds": our_seconds,
+        "ratio": round(peer_seconds / our_seconds, 2),
+        "peer_memory_mb": max(each["peak_rss_mb"] for each in theirs),
+        "our_memory_mb": max(each["memory_mb"] for each in ours),
+        "ours": ours,
+        "theirs": theirs,
+    }
+
+
+def run(command: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The JSON object that a benchmark prints last. Raises SystemExit with its output if it fails."""
+    environment = os.environ | {
+        "SMOLLM2": str(arguments.smollm2),
+        "TRL112": str(arguments.trl112 or ""),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    if Path(command[0]) == arguments.peer:
+        environment.pop("PYTHONPATH")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+if __name__ == "__main__":
+    main()
