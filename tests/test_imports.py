@@ -18,7 +18,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "recipe": (set(), {"pydantic", "pydantic_core", "yaml"}),
     "envs": (set(), {"pydantic"} | EXTRAS),
     "data": (set(), {"pydantic"} | EXTRAS),
-    "rewards": ({"envs"}, {"pydantic", "httpx"} | EXTRAS),
+    "rewards": ({"envs", "policy"}, {"pydantic", "httpx", "torch"} | EXTRAS),
     "formulas": (set(), {"torch"}),
     "algorithms": ({"formulas"}, {"pydantic"}),
     "kernels": (set(), {"torch", "numpy"}),

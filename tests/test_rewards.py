@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrlm_cli import registry
+from mrlm_cli import api, registry
 from mrlm_cli.envs.host import NoJournal
-from mrlm_cli.errors import RecipeError, ScoringError, UserError
+from mrlm_cli.errors import MrlmError, RecipeError, ScoringError, UserError
+from mrlm_cli.policy.scorer import Scorer
 from mrlm_cli.recipe import compose
 from mrlm_cli.records import Message, Task, Transcript
 from mrlm_cli.rewards.base import Failure, Reward
@@ -96,7 +97,7 @@ def test_conformance(kind):
 
 
 def test_every_rule_is_tested():
-    assert set(RULES) | {"judge"} == set(registry.BUILT_IN["rewards"])
+    assert set(RULES) | {"judge", "reward_model"} == set(registry.BUILT_IN["rewards"])
 
 
 def test_conformance_sees_what_is_wrong():
@@ -314,6 +315,32 @@ def test_a_signal_is_heeded_while_a_reward_hangs(folder):
     ):
         scorers.score([("a", transcript("regex"))])
     assert time.monotonic() - begun < 5.0
+
+
+def test_a_trained_reward_model_is_a_reward(tmp_path):
+    recipe = api.load_recipe("reward_model_smoke", ["steps=2", "evaluate.every=0", "hardware.threads=1"])
+    learnt = api.train(recipe, run_dir=tmp_path / "scores", plain=True)
+    sessions = [("a", transcript("012")), ("b", transcript("210")), ("c", transcript("0" * 200)), ("d", transcript())]
+    config = make("reward_model", path=str(learnt), max_failed=1.0).config
+    with Scorers([config], folders=[], workers=1, journal=NoJournal()) as scorers:
+        given = [one["reward_model"] for one in scorers.score(sessions)]
+    expected = Scorer(str(learnt)).score([one for _, one in sessions[:2]])
+    assert [one["policy"] for one in given[:2]] == pytest.approx(expected, abs=1e-5)
+    assert expected[0] != expected[1]
+    assert "more than the reward model can see" in given[2].text
+    assert given[3] == {}
+    with pytest.raises(UserError, match="there is no reward model"):
+        make("reward_model", path=str(tmp_path / "nowhere"))
+
+
+def test_a_reward_that_cannot_be_prepared_stops_the_run(tmp_path):
+    (tmp_path / "unready.py").write_text(CLASS + "    def prepare(self):\n        raise RuntimeError('no model')\n")
+    found = registry.resolve("rewards", "./unready.py:Pairs", (tmp_path,))
+    with (
+        Scorers([found.Config(type="./unready.py:Pairs")], folders=[tmp_path], workers=1, journal=NoJournal()) as made,
+        pytest.raises(MrlmError, match="cannot start: RuntimeError: no model"),
+    ):
+        made.score([("a", transcript("a"))])
 
 
 # in a training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.util
 import math
 import re
 from collections.abc import Mapping
@@ -92,8 +93,13 @@ class Reasoning(Environment):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        if importlib.util.find_spec("reasoning_gym") is None:
+            raise MissingExtra("the environment reasoning", "reasoning")
+
+    def _check(self) -> None:
+        """Not done when an instance is made: to import reasoning-gym takes seconds."""
         known = _names()
-        for name in config.tasks:
+        for name in self.config.tasks:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 raise UserError(
@@ -103,8 +109,8 @@ class Reasoning(Environment):
             self._dataset(name, 0)
 
     def size(self, split: Split) -> None:
-        """There is no end of questions."""
-        return
+        """There is no end of questions. Raises UserError for names or parameters that reasoning-gym does not know."""
+        self._check()
 
     def task(self, split: Split, index: int) -> Task:
         """Question number `index` of the split. Raises ValueError for a negative index, UserError for a task with too
@@ -205,11 +211,8 @@ def _frozen(value: Any) -> Any:
 
 
 def _names() -> set[str]:
-    try:
-        from reasoning_gym.factory import DATASETS
-    except ImportError as error:
-        raise MissingExtra("the environment reasoning", "reasoning") from error
     import reasoning_gym  # noqa: F401  (its import fills the table)
+    from reasoning_gym.factory import DATASETS
 
     return set(DATASETS)
 

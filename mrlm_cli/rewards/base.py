@@ -44,6 +44,9 @@ class Reward(ABC):
         """Transcripts in one call of `score`."""
         return 1
 
+    def prepare(self) -> None:  # noqa: B027  (most rewards have nothing to load)
+        """Called once in a worker process, before the first `score`: load here what is heavy."""
+
     @abstractmethod
     def score(self, transcripts: Sequence[Transcript]) -> Sequence[Mapping[str, Any] | Failure]:
         """{agent: value} or a Failure for each transcript, in their order."""

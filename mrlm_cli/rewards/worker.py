@@ -33,7 +33,8 @@ class Rewards:
             sys.path[:0] = request["folders"]
             for label, settings in request["rewards"].items():
                 found = resolve("rewards", settings["type"], [Path(folder) for folder in request["folders"]])
-                self._rewards[label] = found(found.Config.model_validate_json(settings["config"]))
+                reward = self._rewards[label] = found(found.Config.model_validate_json(settings["config"]))
+                reward.prepare()
             return {"outcomes": []}
         return {"outcomes": self._score(self._rewards[request["reward"]], request["transcripts"])}
 

@@ -13,6 +13,7 @@ from mrlm_cli.events import Collected, Row, Wanted
 from mrlm_cli.recipe.compose import Composed
 from mrlm_cli.recipe.sections import PretrainedModel
 from mrlm_cli.records import Episode, Message
+from mrlm_cli.rewards.firewall import Scorers
 from mrlm_cli.training.evaluate import component_sums
 from mrlm_cli.training.rollout import Draw, Rollout
 from mrlm_cli.training.scripted import ScriptedRollout
@@ -39,15 +40,16 @@ def collect(policy: str, composed: Composed, wanted: Wanted) -> Collected:
 
     if policy.startswith(PREFIX):
         hardware = recipe.hardware
-        with Host(
-            recipe.environments,
-            folders=composed.folders,
-            workers=hardware.worker_processes,
-            deadline=hardware.deadline,
-            journal=NoJournal(),
-        ) as host:
+        folders, workers = composed.folders, hardware.worker_processes
+        with (
+            Host(
+                recipe.environments, folders=folders, workers=workers, deadline=hardware.deadline, journal=NoJournal()
+            ) as host,
+            Scorers(recipe.rewards, folders=folders, workers=workers, journal=NoJournal()) as scorers,
+        ):
             turns = recipe.sampling.max_turns
-            return rows(ScriptedRollout(host, script(policy), max_turns=turns, phase=phase), host.environments)
+            rollout = ScriptedRollout(host, script(policy), max_turns=turns, phase=phase, scorers=scorers)
+            return rows(rollout, host.environments)
     model = PretrainedModel(type="pretrained", path=policy, chat=recipe.model.chat)
     with Stage(
         recipe.model_copy(update={"model": model}),
