@@ -278,7 +278,7 @@ def _keep(run: RunDirectory, evaluation: Evaluation, episodes: Sequence[Episode]
 
 
 def _held_out_rows(recipe: Recipe, folders: Sequence[Path], checkpoint: Path) -> tuple[Evaluation, list[Episode]]:
-    """The checkpoint of a run on data, judged on all of its held-out rows, against the model that the run started at.
+    """The checkpoint of a run on data, judged on its held-out rows, against the model that the run started at.
 
     Raises UserError if the recipe holds nothing out, or the model is not there any more.
     """

@@ -74,6 +74,6 @@ def derived_lines(derived: Derived) -> list[str]:
         ("memory, estimated", derived.memory_estimate_mib, " MiB"),
     ]
     return [
-        f"  {name:<34} {'unknown until the model is here' if value is None else f'{value:,}{unit}'}"
+        f"  {name:<34} {'not known before model and data are here' if value is None else f'{value:,}{unit}'}"
         for name, value, unit in rows
     ]

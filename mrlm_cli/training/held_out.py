@@ -81,7 +81,7 @@ def evaluate_rows(
 def of_checkpoint(
     stage: Stage, recipe: Recipe, folders: Sequence[Path], checkpoint: Path
 ) -> tuple[Evaluation, list[Episode]]:
-    """Judge a checkpoint on all held-out rows; `stage` holds the model from which its run started, the reference."""
+    """Judge a checkpoint on held-out rows; `stage` holds the model from which its run started, the reference."""
     assert stage.loaded is not None
     assert recipe.data is not None
     algorithm = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm)
@@ -94,7 +94,7 @@ def of_checkpoint(
         reference = CachedReference(load.reference(stage.policy), source, budget=budget)
     load.load_weights(stage.policy, checkpoint)
     step = int(state(checkpoint)["step"])
-    rows = source.held_out(len(stage.loaded.validation))
+    rows = source.held_out(recipe.evaluate.tasks)
     return evaluate_rows(rows, stage.policy, reference, algorithm, recipe, step, str(checkpoint))
 
 
