@@ -9,7 +9,7 @@ from typing import Any
 
 from mrlm_cli import registry
 from mrlm_cli.events import Listener
-from mrlm_cli.recipe import sections
+from mrlm_cli.recipe import compose, sections
 from mrlm_cli.recipe.agents import AGENTS
 from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.training.announce import Announcer
@@ -83,7 +83,7 @@ def tiny(folder: Path = Path(), **changes: Any) -> Recipe:
 def trainer(path: Path, recipe: Recipe, *listeners: Listener, folder: Path = Path()) -> Iterator[Trainer]:
     """A trainer over a new run directory, its engine loaded."""
     announce = Announcer(listeners)
-    run = RunDirectory.create(path, recipe_yaml="name: tiny\n", origins={}, machine={})
+    run = RunDirectory.create(path, recipe_yaml=compose.dump(settled(recipe)), origins={}, machine={})
     stopper = Stopper()
     with (
         Stage(settled(recipe), (folder,), journal=run.journal, check=stopper.check, phase=announce.phase) as stage,

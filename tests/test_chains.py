@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ import torch
 from mrlm_cli.errors import UserError
 from mrlm_cli.policy import load
 from mrlm_cli.policy.scorer import Scorer
-from mrlm_cli.recipe import compose
+from mrlm_cli.records import Message, Task, Transcript
+from mrlm_cli.rewards.base import Failure
+from mrlm_cli.rewards.conformance import problems
+from mrlm_cli.rewards.reward_model import RewardModel
 from mrlm_cli.training.collate import collate
 from mrlm_cli.training.dataset import DatasetSource
 from mrlm_cli.training.loop import iteration, run
@@ -73,13 +77,8 @@ def test_a_resumed_run_on_data_ends_with_the_same_bits(tmp_path: Path, algorithm
 def learnt(folder: Path, algorithm: dict[str, Any], name: str, **changes: Any) -> Path:
     """A run that has moved away from its start."""
     moved: dict[str, Any] = {"steps": 3, "optimizer": {"lr": 1e-2, "tokens_per_micro_batch": 512}}
-    made_recipe = recipe(folder, algorithm, **{**moved, **changes})
-    with trainer(folder / name, made_recipe) as made:
+    with trainer(folder / name, recipe(folder, algorithm, **{**moved, **changes})) as made:
         run(made, Stopper())
-        text = compose.dump(made_recipe)
-    (folder / name / "recipe.yaml").write_text(text)
-    for checkpoint in (folder / name / "checkpoints").glob("step-*"):
-        (checkpoint / "recipe.yaml").write_text(text)
     return folder / name
 
 
@@ -139,6 +138,43 @@ def test_a_reward_model_scores_transcripts_and_is_a_critic(tmp_path: Path, value
         assert out.final_values.tolist() == pytest.approx(expected, abs=1e-5)
         iteration(made)
         assert made.run.metrics()[0]["optimizer_steps"] == 1
+
+
+def test_a_reward_model_pays_the_episodes_of_an_environment(tmp_path: Path) -> None:
+    path = learnt(tmp_path, {"type": "reward_model"}, "scores")
+    rewards = [{"type": "reward_model", "path": str(path), "weight": 2.0}]
+    changes = {"sampling": {"tasks_per_step": 6}, "hardware": {"threads": 1, "device": "cpu", "worker_processes": 1}}
+    with trainer(tmp_path / "ppo", tiny(rewards=rewards, **changes)) as made:
+        episodes = made.source.episodes(0)
+        plain = [sum(value for _, _, name, value in one.transcript.rewards if name == "match") for one in episodes]
+        scores = Scorer(str(path)).score([one.transcript for one in episodes])
+    assert [sum(one.rewards) for one in episodes] == pytest.approx(
+        [match + 2 * score for match, score in zip(plain, scores, strict=True)], abs=1e-5
+    )
+    assert max(scores) > min(scores)
+    with (
+        pytest.raises(UserError, match="there is no reward model"),
+        trainer(tmp_path / "none", tiny(rewards=[{"type": "reward_model", "path": "nowhere"}])),
+    ):
+        pass
+
+
+def test_a_reward_model_keeps_its_word(tmp_path: Path) -> None:
+    path = str(learnt(tmp_path, {"type": "reward_model"}, "scores"))
+    reward = RewardModel(RewardModel.Config(type="reward_model", path=path))
+    reward.prepare()
+    view = (Message("user", "sort 21="), Message("assistant", "12"))
+    task = Task("0", "e", "train", 0, {})
+    one = Transcript(task, 0, {"policy": view, "silent": view[:1]}, (), {}, "done")
+    other = replace(one, views={"policy": (*view[:1], Message("assistant", "21"))})
+    found = [each for each in problems(reward, [one, other]) if "more than the reward model can see" not in each]
+    assert found == []
+    (outcome,) = reward.score([one])
+    assert isinstance(outcome, dict)
+    assert set(outcome) == {"policy"}
+    (outcome,) = reward.score([replace(one, views={"policy": (Message("user", "1" * 99), view[1])})])
+    assert isinstance(outcome, Failure)
+    assert "more than the reward model can see" in outcome.text
 
 
 def test_rows_of_every_chain_hold_out_the_same_prompts(tmp_path: Path) -> None:
