@@ -37,12 +37,7 @@ def refused(text: str, *overrides: str) -> str:
 
 
 BAD: list[tuple[str, str, str]] = [
-    (
-        "algorithm",
-        "steps",
-        "environments: [{type: sort_digits}]\nsteps",
-        "r.yaml:3:15 environments: algorithm sft on data uses",
-    ),
+    ("steps", "environments: [{type: sort_digits}]\nsteps", "r.yaml:3:15 environments: algorithm sft on data uses"),
     ("steps", "sampling: {temperature: 0.5}\nsteps", "sampling: algorithm sft on data uses no sampling"),
     ("steps", "engine: {type: generate}\nsteps", "engine: algorithm sft on data uses no engine"),
     ("steps", "agents: {a: {type: learner}}\nsteps", "agents: algorithm sft on data uses no agents"),
@@ -57,19 +52,9 @@ BAD: list[tuple[str, str, str]] = [
     ("rows.jsonl", "rows.jsonl, epochs: 2", "steps: steps and data.epochs exclude each other"),
     ("steps: 3\n", "", "steps: required, and missing"),
     ("steps: 3", "steps: 0", "steps: got 0; expected a number of at least 1"),
-    (
-        "data",
-        "rows.jsonl",
-        "rows.jsonl, max_tokens: 999",
-        "data.max_tokens: got 999; expected at most model.context = 256",
-    ),
+    ("rows.jsonl", "rows.jsonl, max_tokens: 999", "data.max_tokens: got 999; expected at most model.context = 256"),
     ("steps", "optimizer: {minibatches: 65}\nsteps", "got 65; expected at most the 64 rows of a step"),
-    (
-        "steps",
-        "steps",
-        "evaluate: {temperature: 1.0}\nsteps",
-        "evaluate.temperature: held-out rows of data are not sampled",
-    ),
+    ("steps", "evaluate: {temperature: 1.0}\nsteps", "evaluate.temperature: held-out rows of data are not sampled"),
     (
         "data: {type: jsonl, path: rows.jsonl}\nalgorithm: {type: sft}",
         "environments: [{type: sort_digits}]\nalgorithm: {type: dpo}",
