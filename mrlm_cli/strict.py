@@ -108,6 +108,11 @@ class AlgorithmSettings(Strict):
         """Whether the episodes of one task are compared with each other, which takes at least two of them."""
         return False
 
+    @property
+    def leaves_groups_out(self) -> bool:
+        """Whether some groups are not trained on, so that a step may sample up to `sampling.refills` times more."""
+        return False
+
 
 class EngineSettings(Strict):
     """The settings that every engine has."""

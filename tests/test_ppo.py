@@ -201,6 +201,29 @@ def test_value_statistics():
     assert measured["explained_variance"] == pytest.approx(1 - (spread(errors)[1] / spread(returns)[1]) ** 2)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("form", ["truncate", "mask"])
+def test_importance_weights_act_on_the_policy_loss_alone(level, form):
+    settings = {"kl": {"coef": 0.2, "form": "k2"}, "entropy": {"coef": 0.1}}
+    correction = {"level": level, "form": form, "low": 0.7, "high": 1.6}
+    batch, sums = ppo(importance=correction, **settings).credit(make_batch(), START)
+    out, expected, weights = make_out(batch), 0.0, []
+    for b, row in enumerate(batch.mask.tolist()):
+        gaps = {t: (batch.old_logprobs[b, t] - batch.logprobs[b, t]).item() for t, one in enumerate(row) if one}
+        for t, gap in gaps.items():
+            raw = math.exp(gap if level == "token" else sum(gaps.values()))
+            bounded = min(max(raw, 0.7), 1.6)
+            weights.append(bounded if form == "truncate" or bounded == raw else 0.0)
+            advantage, ratio = batch.advantages[b, t].item(), (out.logprobs - batch.old_logprobs)[b, t].exp().item()
+            expected += weights[-1] * max(-advantage * ratio, -advantage * min(max(ratio, 0.8), 1.2))
+    measured = ppo(importance=correction, **settings).loss(out, batch, START)[1].means()
+    plain = ppo(**settings).loss(out, batch, START)[1].means()
+    assert measured["policy_loss"] == pytest.approx(expected / len(weights))
+    assert {name for name in plain if measured[name] != plain[name]} == {"policy_loss"}
+    assert sums.means()["importance_weight"] == pytest.approx(math.fsum(weights) / len(weights))
+    assert 0 < sums.means()["importance_bounded"] <= 1
+
+
 def test_value_pretraining_trains_values_alone_for_its_steps():
     algorithm = ppo(value_pretraining={"steps": 2}, entropy={"coef": 0.1}, kl={"coef": 0.1, "target": 100.0})
     for step, expected in enumerate([True, True, False, False]):

@@ -94,6 +94,11 @@ class GroupSettings(AlgorithmSettings):
         """Whether the episodes of one task are compared with each other."""
         return self.baseline in ("group", "leave_one_out") or self.scale == "group" or self.filter_flat
 
+    @property
+    def leaves_groups_out(self) -> bool:
+        """Whether flat groups are not trained on."""
+        return self.filter_flat
+
 
 def variant(owner: str, sentence: str, kl: Mapping[str, Any] | None = None, **defaults: Any) -> type[GroupSettings]:
     """The settings under another name, with some defaults changed and nothing else, those inside `kl` included."""

@@ -47,12 +47,13 @@ def derive(recipe: Recipe, folders: Sequence[Path] = ()) -> Derived:
     if found is not None and value is not None and longest is not None:
         memory = round(_memory(recipe, found, value, longest, needs.reference) / MIB)
     steps = optimizer.passes * optimizer.minibatches
+    sampled = episodes * (1 + sampling.refills) if recipe.algorithm.leaves_groups_out else episodes
     return Derived(
         episodes_per_step=episodes,
         optimizer_steps_per_iteration=steps,
         optimizer_steps=steps * recipe.steps or None,
-        chosen_tokens_per_step_at_most=None if chosen is None else episodes * chosen,
-        tokens_per_step_at_most=None if longest is None else episodes * longest,
+        chosen_tokens_per_step_at_most=None if chosen is None else sampled * chosen,
+        tokens_per_step_at_most=None if longest is None else sampled * longest,
         policy_parameters=None if found is None else found.parameters,
         value_parameters=value,
         memory_estimate_mib=memory,
