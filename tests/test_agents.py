@@ -10,6 +10,7 @@ import torch
 
 from mrlm_cli.errors import CheckpointError, RecipeError
 from mrlm_cli.recipe import compose
+from mrlm_cli.recipe.derived import derive
 from mrlm_cli.records import Completion, Episode
 from mrlm_cli.training import loop
 from mrlm_cli.training.collate import collate
@@ -315,3 +316,15 @@ def test_a_players_mistake_fails_its_session_and_nothing_else(tmp_path: Path) ->
     assert "must reply with a string" in str(failures["Q"])
     assert "KeyError" in str(failures["K"])
     assert means["failed_rate"] == pytest.approx(sum(one.task.data["cards"][0] != "J" for one in episodes) / 24)
+
+
+def test_derived_numbers_count_an_episode_for_each_learner() -> None:
+    def derived(**agents: Any) -> Any:
+        return derive(tiny(**KUHN, agents=agents))
+
+    both, one = derived(), derived(second={"type": "scripted", "player": "random"})
+    assert (both.episodes_per_step, one.episodes_per_step) == (48, 24)
+    assert both.tokens_per_step_at_most == 2 * one.tokens_per_step_at_most
+    frozen = derived(second={"type": "frozen"})
+    assert frozen.episodes_per_step == 24
+    assert frozen.memory_estimate_mib >= one.memory_estimate_mib

@@ -195,6 +195,20 @@ def test_the_players_score_what_they_must(player: str, exact: float, judge: str)
         assert {received["exact"] for received in turn.rewards.values()} == {exact}
 
 
+def test_a_wrong_oracle_or_player_is_found() -> None:
+    class Wrong(Debate):
+        def oracle(self, task: Task) -> str:
+            return "42"
+
+        def player(self, name: str, task: Task, agent: str, seed: int) -> Any:
+            raise KeyError(agent)
+
+    found = problems(Wrong(Debate.Config(type="debate")), tasks=2)
+    assert len(found) == 8
+    assert sum("exact = 0.0" in one for one in found) == 6
+    assert sum("player" in one and "KeyError: 'debater_1'" in one for one in found) == 2
+
+
 @pytest.mark.parametrize("engine", ["cached", "generate"])
 def test_debaters_learn_before_a_frozen_judge(tmp_path: Path, engine: str) -> None:
     """Through the whole loop, on both engines; the judge's view is kept and makes no episode."""

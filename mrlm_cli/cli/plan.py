@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mrlm_cli import api, registry
 from mrlm_cli.errors import MissingExtra, UserError
+from mrlm_cli.recipe.agents import Frozen
 from mrlm_cli.recipe.compose import Composed
 from mrlm_cli.recipe.derived import Derived, derive
 from mrlm_cli.recipe.sections import PretrainedModel, ScratchModel
@@ -30,6 +31,9 @@ def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:
     if run_dir.exists() and not continue_run:
         raise UserError(f"{run_dir} exists already; go on with it: mrlm resume {run_dir}, or choose another --run-dir")
     check_model(recipe.model)
+    for agent in recipe.agents.values():
+        if isinstance(agent, Frozen) and agent.path is not None:
+            check_model(PretrainedModel(type="pretrained", path=agent.path))
     from_gguf = isinstance(recipe.model, PretrainedModel) and recipe.model.path.endswith(".gguf")
     if from_gguf and any(importlib.util.find_spec(module) is None for module in EXTRAS["gguf"]):
         raise MissingExtra("reading a GGUF file", "gguf")

@@ -65,6 +65,7 @@ def problems(environment: Environment, *, tasks: int = 50) -> list[str]:
     found += _overlaps(environment, tasks)
     found += _sessions(environment)
     found += _oracle(environment, tasks)
+    found += _players(environment)
     return found
 
 
@@ -167,16 +168,48 @@ def _oracle(environment: Environment, tasks: int) -> Iterator[str]:
 
 
 def _exact(environment: Environment, task: Task, answer: str | Sequence[str]) -> float:
-    """Sum of `exact` over the turns that the replies lead to."""
+    """Sum of `exact` over a session in which every agent gives the replies in order, the last of them again if needed;
+    of several agents the least."""
+    replies = [answer] if isinstance(answer, str) else answer
     session = environment.open(task, 0)
-    total = 0.0
+    totals: dict[str, float] = {}
+    spoken: dict[str, int] = {}
     try:
-        turn = session.start()
-        for text in [answer] if isinstance(answer, str) else answer:
-            if turn.done:
-                raise ValueError("the session is over before the oracle's last reply")
+        turn = check_turn(session.start(), environment)
+        while not turn.done and sum(spoken.values()) < MOST_TURNS:
+            place = spoken[turn.agent] = spoken.get(turn.agent, 0) + 1
+            text = replies[min(place, len(replies)) - 1]
             turn = check_turn(session.step(Reply(Message("assistant", text), "end")), environment)
-            total += turn.rewards.get("policy", {}).get("exact", 0.0)
+            for agent, components in turn.rewards.items():
+                totals[agent] = totals.get(agent, 0.0) + components.get("exact", 0.0)
     finally:
         session.close()
-    return total
+    if max(spoken.values(), default=0) < len(replies):
+        raise ValueError("the session is over before the oracle's last reply")
+    return min(totals.values(), default=0.0)
+
+
+def _players(environment: Environment) -> Iterator[str]:
+    roles = environment.roles(environment.config)
+    for name in environment.players:
+        task = environment.task("train", 0)
+        try:
+            players = {role: environment.player(name, task, role, 0) for role in roles}
+            session = environment.open(task, 0)
+            views: dict[str, list[Message]] = {role: [] for role in roles}
+            turns = 0
+            try:
+                turn = check_turn(session.start(), environment)
+                while not turn.done and turns <= MOST_TURNS:
+                    view = views[turn.agent]
+                    view += turn.messages
+                    view.append(Message("assistant", players[turn.agent].reply(tuple(view))))
+                    turn = check_turn(session.step(Reply(view[-1], "end")), environment)
+                    turns += 1
+            finally:
+                session.close()
+        except Exception as error:
+            yield f"player {name}: {describe_exception(error)}"
+            continue
+        if turns > MOST_TURNS:
+            yield f"player {name}: not done after {MOST_TURNS} turns"

@@ -107,6 +107,10 @@ class Debate(Environment):
         """A debate; nothing depends on the seed."""
         return DebateSession(self.config, task.data)
 
+    def oracle(self, task: Task) -> str:
+        """The right option and its evidence, whoever speaks."""
+        return _argument(task.data, task.data["answer"])
+
     def canonical(self, task: Task) -> str:
         """The question and its options in whatever order, terms of sums too; not who argues for what."""
         return _canonical(task.data["question"], task.data["options"])
@@ -116,9 +120,8 @@ class Debate(Environment):
         if name == "silent":
             return _Always("")
         if agent == JUDGE:
-            return _Always(_letter(task.data["answer"]))
-        side = task.data["sides"][int(agent.removeprefix("debater_")) - 1]
-        return _Always(f"{_letter(side)} {task.data['options'][side]}: {task.data['evidence'][side]}")
+            return _Always(self.oracle(task))
+        return _Always(_argument(task.data, task.data["sides"][int(agent.removeprefix("debater_")) - 1]))
 
 
 class DebateSession:
@@ -221,6 +224,10 @@ def _debater(number: int) -> str:
 
 def _letter(option: int) -> str:
     return f"({LETTERS[option]})"
+
+
+def _argument(about: Mapping[str, Any], option: int) -> str:
+    return f"{about['options'][option]}: {about['evidence'][option]}, so {_letter(option)}"
 
 
 def _asked(about: Mapping[str, Any]) -> str:

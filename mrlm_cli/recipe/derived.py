@@ -8,7 +8,9 @@ from pathlib import Path
 
 from mrlm_cli import registry
 from mrlm_cli.recipe import shape
+from mrlm_cli.recipe.agents import Frozen, Learner
 from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.recipe.sections import PretrainedModel
 from mrlm_cli.recipe.shape import Shape
 
 MIB = 2**20
@@ -32,7 +34,8 @@ class Derived:
 
 def derive(recipe: Recipe, folders: Sequence[Path] = ()) -> Derived:
     """The numbers; `folders` are where a plugin's file lies. Raises CheckpointError for unreadable model files."""
-    sampling, optimizer, episodes = recipe.sampling, recipe.optimizer, recipe.episodes_per_step
+    sampling, optimizer = recipe.sampling, recipe.optimizer
+    episodes = recipe.episodes_per_step * _learners(recipe, folders)
     found = shape.of(recipe.model)
     limit = sampling.max_tokens if recipe.data is None else recipe.data.max_tokens
     longest = limit if found is None or found.context is None else found.context
@@ -45,7 +48,7 @@ def derive(recipe: Recipe, folders: Sequence[Path] = ()) -> Derived:
     value = None if found is None else shape.value_parameters(recipe.model, found) if needs.values else 0
     memory = None
     if found is not None and value is not None and longest is not None:
-        memory = round(_memory(recipe, found, value, longest, needs.reference) / MIB)
+        memory = round(_memory(recipe, found, value, longest, needs.reference, episodes) / MIB)
     steps = optimizer.passes * optimizer.minibatches
     sampled = episodes * (1 + sampling.refills) if recipe.algorithm.leaves_groups_out else episodes
     return Derived(
@@ -60,7 +63,24 @@ def derive(recipe: Recipe, folders: Sequence[Path] = ()) -> Derived:
     )
 
 
-def _memory(recipe: Recipe, found: Shape, value: int, longest: int, reference: bool) -> float:
+def _learners(recipe: Recipe, folders: Sequence[Path]) -> int:
+    """Episodes that a session makes: one for each role that learns; the most where environments differ."""
+    others = {role for role, agent in recipe.agents.items() if not isinstance(agent, Learner)}
+    roles = [registry.resolve("environments", each.type, folders).roles(each) for each in recipe.environments]
+    return max((sum(role not in others for role in names) for names in roles), default=1)
+
+
+def _frozen(recipe: Recipe, found: Shape) -> int:
+    """Parameters of all frozen agents' models whose files are here."""
+    paths = {agent.path for agent in recipe.agents.values() if isinstance(agent, Frozen)}
+    shapes = [
+        found if path is None else shape.of(PretrainedModel(type="pretrained", path=path))
+        for path in sorted(paths, key=str)
+    ]
+    return sum(each.parameters for each in shapes if each is not None)
+
+
+def _memory(recipe: Recipe, found: Shape, value: int, longest: int, reference: bool, episodes: int) -> float:
     """Bytes at the peak of an iteration: process, weights, gradients, Adam, activations, logits, keys and values.
 
     An estimate, good to a factor of two: what an allocator keeps and a kernel borrows is not counted, nor a single
@@ -69,6 +89,7 @@ def _memory(recipe: Recipe, found: Shape, value: int, longest: int, reference: b
     number = 2 if recipe.hardware.precision == "bfloat16" else 4
     weights = (found.parameters + value) * (4 + 4 + 8)  # fp32 masters, gradients, two Adam moments
     copies = found.parameters * ((4 if reference else 0) + (2 if number == 2 else 0))
+    copies += _frozen(recipe, found) * (4 + (2 if number == 2 else 0))
     tokens = recipe.optimizer.tokens_per_micro_batch
     layer = (8 * found.hidden + 2 * found.key_width + 4 * found.mlp) * number  # kept for the backward pass
     layers = (
@@ -77,9 +98,7 @@ def _memory(recipe: Recipe, found: Shape, value: int, longest: int, reference: b
     trunks = 2 if value and recipe.model.value.type == "separate" else 1
     logits = 2 * 4 * min(tokens * found.vocabulary, _CHUNK_LOGITS)  # themselves and their gradient
     cached = (
-        0
-        if recipe.data is not None
-        else min(recipe.episodes_per_step * longest, getattr(recipe.engine, "max_cached_tokens", 2**63))
+        0 if recipe.data is not None else min(episodes * longest, getattr(recipe.engine, "max_cached_tokens", 2**63))
     )
     keys = cached * found.layers * 2 * found.key_width * number
     return _PROCESS + weights + copies + max(tokens * layers * trunks + logits, keys)
