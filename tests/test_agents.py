@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from mrlm_cli.envs import kuhn
 from mrlm_cli.errors import CheckpointError, RecipeError
 from mrlm_cli.recipe import compose
 from mrlm_cli.recipe.derived import derive
 from mrlm_cli.records import Completion, Episode
 from mrlm_cli.training import loop
 from mrlm_cli.training.collate import collate
+from mrlm_cli.training.questions import probabilities
 from mrlm_cli.training.stage import Stage, settled
 from mrlm_cli.training.stopping import Stopper
 from mrlm_cli.training.summary import episode_metrics
@@ -328,3 +330,30 @@ def test_derived_numbers_count_an_episode_for_each_learner() -> None:
     frozen = derived(second={"type": "frozen"})
     assert frozen.episodes_per_step == 24
     assert frozen.memory_estimate_mib >= one.memory_estimate_mib
+
+
+@pytest.mark.slow
+def test_credit_in_a_game_leads_to_the_best_response(tmp_path: Path) -> None:
+    """PPO in the second seat against coin flips comes to the best that can be won there: about 15 s."""
+    recipe = tiny(
+        model={"type": "scratch", "layers": 1, "hidden": 64, "heads": 4, "context": 32, "characters": "12JQKpb"},
+        environments=[{"type": "kuhn"}],
+        sampling={"tasks_per_step": 384, "max_new_tokens": 2, "max_turns": 2},
+        agents={"first": {"type": "scripted", "player": "random"}},
+        optimizer={"lr": 0.003, "minibatches": 4, "tokens_per_micro_batch": 8192},
+        algorithm={"type": "ppo", "entropy": {"coef": 0.05}},
+        steps=60,
+    )
+    coin = dict.fromkeys(kuhn.INFORMATION_SETS, 0.5)
+    with trainer(tmp_path / "run", recipe) as made:
+        game, chat = made.environments["kuhn"], made.source._rollout._chat
+
+        def won() -> float:
+            asked = probabilities(game.questions(), made.policy, chat, temperature=1.0, budget=4096)
+            shares = zip(kuhn.INFORMATION_SETS, asked[::2], asked[1::2], strict=True)
+            return -kuhn.value(coin, {key: bets / (passes + bets) for key, passes, bets in shares})
+
+        assert won() < 0
+        for _ in range(recipe.steps):
+            loop.iteration(made)
+        assert won() > 0.95 * kuhn.best_response(coin, 1)
