@@ -25,6 +25,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "environments": {
         "sort_digits": "mrlm_cli.envs.sort_digits:SortDigits",
         "code": "mrlm_cli.envs.code:Code",
+        "tools": "mrlm_cli.envs.tools:Tools",
         "arithmetic": "mrlm_cli.envs.arithmetic:Arithmetic",
         "guess": "mrlm_cli.envs.guess:Guess",
         "debate": "mrlm_cli.envs.debate:Debate",

