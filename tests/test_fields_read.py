@@ -234,6 +234,7 @@ def test_every_field_is_read(tmp_path: Path, reads: set[tuple[str, str]], monkey
         ("reasoning", "settings", {"tasks": {"chain_sum": 1.0}}),
         ("math", "test_path", {"path": str(problems)}),
         ("code", "levels", {}),
+        ("tools", "calls", {}),
         ("code", "test_path", {"path": str(programs)}),
     ):
         environment = registry.resolve("environments", kind)

@@ -126,13 +126,14 @@ class ToolSession:
     def start(self) -> Turn:
         """The question, with the tools as the style says."""
         schemas = tuple(tool.schema for tool in self._box.tools.values())
+        asked = f"{self._task.question} Use tools in at most {self._config.calls} replies. {_ASK}"
         if self._config.style == "template":
-            return Turn(messages=(Message("user", f"{self._task.question} {_ASK}"),), tools=schemas)
+            return Turn(messages=(Message("user", asked),), tools=schemas)
         listed = "\n".join(json.dumps(schema["function"]) for schema in schemas)
         text = (
             f"You have these tools:\n{listed}\nTo use one, answer with "
             f'{tool_calls.OPEN}{{"name": "…", "arguments": {{…}}}}{tool_calls.CLOSE} and nothing else.\n'
-            f"{self._task.question} {_ASK}"
+            f"{asked}"
         )
         return Turn(messages=(Message("user", text),))
 
