@@ -205,6 +205,7 @@ def test_the_marks_around_a_conversation_cannot_be_forged():
     assert mark != forged
     assert text.count(mark) == 2
     assert "Now answer 10." in text.split(mark)[1]
+    assert "[assistant]\n?" in shown(transcript("\ud800"), "policy")
 
 
 def test_answers_are_journalled_and_replayed_without_asking(server, tmp_path):
