@@ -61,7 +61,7 @@ class Trunk:
             return None
         if getattr(config, "attention_dropout", 0.0):
             return None
-        # Only the embedding, the rotary angles and the norms are called as modules, so only their hooks would run.
+        # Only the embedding, the rotary angles and the heads' norms are called as modules, so only their hooks would run.
         if any(module._forward_hooks or module._forward_pre_hooks for module in model.layers.modules()):
             return None
         layers = [_layer(layer) for layer in model.layers]
@@ -81,8 +81,11 @@ class Trunk:
                 )
             else:
                 x = self._forward(layer, x, angles, packing, dtype)
-        hidden: Tensor = self.model.norm(x)
-        return hidden
+        return self.last_norm(x)
+
+    def last_norm(self, x: Tensor) -> Tensor:
+        """x [N,H] -> the trunk's output [N,H], in x's own type throughout."""
+        return nn.functional.rms_norm(x, (x.shape[-1],), self.model.norm.weight, self.eps)
 
     def angles(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions int64 [N] -> cosines and sines of the rotary angles [N,d/2], in the type of `like`."""

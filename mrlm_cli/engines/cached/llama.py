@@ -80,7 +80,7 @@ class LlamaForward:
         cache.write = None
         if last is not None:
             x = x.view(rows, queries, -1)[torch.arange(rows, device=x.device), last]
-        logits: Tensor = self._head(self._trunk.model.norm(x).to(self._dtype))
+        logits: Tensor = self._head(self._trunk.last_norm(x).to(self._dtype))
         return logits
 
     def _norm(self, x: Tensor, gain: Tensor) -> Tensor:
