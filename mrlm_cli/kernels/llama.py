@@ -61,7 +61,7 @@ class Trunk:
             return None
         if getattr(config, "attention_dropout", 0.0):
             return None
-        # Only the embedding, the rotary angles and the heads' norms are called as modules, so only their hooks would run.
+        # Only the embedding, the rotary angles and the heads' norms are called as modules: others' hooks would not run.
         if any(module._forward_hooks or module._forward_pre_hooks for module in model.layers.modules()):
             return None
         layers = [_layer(layer) for layer in model.layers]
