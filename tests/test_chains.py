@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from mrlm_cli.errors import UserError
+from mrlm_cli.envs.host import NoJournal
+from mrlm_cli.errors import CheckpointError, UserError
 from mrlm_cli.policy import load
 from mrlm_cli.policy.scorer import Scorer
 from mrlm_cli.records import Message, Task, Transcript
@@ -21,7 +22,9 @@ from mrlm_cli.rewards.conformance import problems
 from mrlm_cli.rewards.reward_model import RewardModel
 from mrlm_cli.training.collate import collate
 from mrlm_cli.training.dataset import DatasetSource
+from mrlm_cli.training.held_out import of_checkpoint
 from mrlm_cli.training.loop import iteration, run
+from mrlm_cli.training.stage import Stage, settled
 from mrlm_cli.training.stopping import Stopper
 from tests.data_helpers import chats, pair_row
 from tests.kit import tiny, trainer
@@ -80,6 +83,25 @@ def learnt(folder: Path, algorithm: dict[str, Any], name: str, **changes: Any) -
     with trainer(folder / name, recipe(folder, algorithm, **{**moved, **changes})) as made:
         run(made, Stopper())
     return folder / name
+
+
+def test_a_checkpoint_is_judged_against_no_other_start_than_its_own(tmp_path: Path) -> None:
+    data = {"validation_share": 0.2}
+    start = learnt(tmp_path, {"type": "sft"}, "start", data=data)
+
+    def judged(point: Path) -> Any:
+        model = {"type": "pretrained", "path": str(point / "checkpoints/latest/policy")}
+        made = settled(recipe(tmp_path, {"type": "dpo"}, model=model, data=data))
+        with Stage(
+            made, (tmp_path,), journal=NoJournal(), check=lambda: None, phase=lambda name, done, total: None
+        ) as stage:
+            return of_checkpoint(stage, made, (tmp_path,), tmp_path / "pairs/checkpoints/step-000003")[0]
+
+    model = {"type": "pretrained", "path": str(start / "checkpoints/latest/policy")}
+    learnt(tmp_path, {"type": "dpo"}, "pairs", model=model, data=data)
+    assert judged(start).components["margin"].mean != 0
+    with pytest.raises(CheckpointError, match="has changed since; its margins would be others"):
+        judged(tmp_path / "pairs")
 
 
 @pytest.mark.parametrize("point", ["run", "checkpoint", "policy"])

@@ -94,6 +94,9 @@ def test_a_runs_pairs_are_verified_and_go_into_a_recipe(tmp_path: Path) -> None:
     assert len(of(data, ()).train) == 1
     kept = demonstrations(episodes, None, None)
     assert (len(kept.rows), kept.left_out) == (11, {"were cut by a limit": 1})
+    silent = replace(first[0].transcript, views={"policy": first[0].transcript.views["policy"][:1]}, stop="done")
+    heard = replace(first[0], transcript=silent, ended=True, stop="done", failure=None)
+    assert demonstrations([heard], None, None).left_out == {"said nothing": 1}
     for environment in environments.values():
         environment.components = {"match": 1.0}  # type: ignore[misc]
     with pytest.raises(UserError, match="no reward component exact"):
@@ -126,6 +129,10 @@ def test_a_models_answers_are_collected_with_its_own_recipe_or_another_environme
         (["scripted:oracle", "--environment", "sort_digits", "--recipe", "quickstart"], "not of both"),
         (["scripted:oracle", "--recipe", "sft_smoke"], "has no tasks"),
         (["scripted:oracle", *ENVIRONMENT, "--pairs", "--min-reward", "1"], "not for --pairs"),
+        (
+            ["scripted:oracle", *ENVIRONMENT, "--min-reward", "0", "--component", "exct"],
+            "no task here has a reward component exct; there are: ",
+        ),
         (["scripted:oracle", *ENVIRONMENT, "--out", "no/x.jsonl"], "there is no directory no"),
         (["scripted:oracle", *ENVIRONMENT, "--split", "dev"], "expected train, validation or test"),
         (["scripted:oracle", "sort_digits"], "expected key=value instead of sort_digits"),

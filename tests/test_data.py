@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from mrlm_cli.data.base import AGENT, Group
 from mrlm_cli.data.load import Loaded, of
@@ -91,6 +92,7 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("completion", {"prompt": "x", "completion": []}, ":2", "does not begin with the assistant's turn"),
     ("pairs", {"prompt": "x", "chosen": "a", "rejected": "a"}, ":2", "both sides are equal"),
     ("pairs", {"prompt": "x", "chosen": "a"}, ":2", "column rejected is missing"),
+    ("pairs", {"question": "x", "chosen": "a", "rejected": "b"}, ":2", "column prompt is missing: the two sides"),
     ("pairs", {"chosen": "a", "rejected": [{"role": "user", "content": "a"}]}, ":2", "does not begin with"),
     (
         "pairs",
@@ -231,5 +233,9 @@ def test_stored_episodes_are_cloned_by_their_reward(tmp_path: Path) -> None:
     else:
         with pytest.raises(UserError, match="too little reward"):
             load(tmp_path / "run", "episodes", min_reward=1, component="exact")
+    with pytest.raises(UserError, match=r"no episode has a reward component exct; there are: .*exact"):
+        load(tmp_path / "run", "episodes", min_reward=-9, component="exct")
+    with pytest.raises(ValidationError, match="component says what min_reward speaks of"):
+        load(tmp_path / "run", "episodes", component="exact")
     with pytest.raises(UserError, match="is no stored episode"):
         load(chats(tmp_path / "x.jsonl"), "episodes")

@@ -110,6 +110,18 @@ def test_equal_scores_give_no_advantage_whatever_the_scale():
         assert found == pytest.approx([0] * 7, abs=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("scores", "groups", "settings", "expected"),
+    [
+        ([1.0, 1.0, 0.0, 0.0], [0, 0, 1, 1], {"baseline": "batch", "scale": "group"}, [0.5, 0.5, -0.5, -0.5]),
+        ([2.0, 0.0, 3.0], [0, 0, 1], {"baseline": "none", "scale": "group"}, [2 / (2**0.5 + 1e-4), 0, 3]),
+        ([3.0, 3.0, 3.0], [0, 0, 1], {"baseline": "none", "scale": "batch"}, [3, 3, 3]),
+    ],
+)
+def test_scores_without_spread_are_not_divided(scores, groups, settings, expected):
+    assert scored(scores, groups, **settings)[0] == pytest.approx(expected)
+
+
 def test_the_kl_of_a_score_is_in_the_baseline_and_that_of_a_reward_is_not():
     batch = make_groups()
     kl = (batch.old_logprobs - batch.ref_logprobs).masked_fill(~batch.mask, 0)

@@ -118,6 +118,7 @@ TABLE = [
     ("a path of an unknown user", changed("sort_digits", "'~nobody-of-this-name/x.py:Env'"), "5:12 environments.0.type", "no file ~nobody"),
     ("type is no name", changed("type: ppo", "type: [ppo]"), "9:9 algorithm.type", "expected a name"),
     ("undeclared reward", changed("digits: 4", "rewards: {exct: 1}"), "5:35 environments.0.rewards.exct", "did you mean exact?"),
+    ("a value function for none", changed("hidden: 32", "hidden: 32, value: {head: mlp}").replace("type: ppo", "type: reinforce++"), "3:54 model.value", "reinforce++ has no value function"),
     ("same label twice", changed("digits: 4}", "digits: 4}\n  - {type: sort_digits}"), "6:5 environments.1", "give it a `name`"),
     ("name leaves its folder", changed("name: small", "name: ../x"), "1:7 name", "expected the name of a directory"),
     ("name is a parent", changed("name: small", "name: .."), "1:7 name", "expected the name of a directory"),

@@ -2,8 +2,8 @@
 
 An episode's score is the sum of its rewards, less an overlong penalty, less β·Σ k1 where `kl.form` is score. The
 advantage is (score − baseline) / (scale + eps), the same at every chosen token, less β times the k1 still to come
-where `kl.form` is reward; then, if asked for, whitened over all chosen tokens of the step. Failed episodes are in no
-baseline; an episode that has nobody to be compared with has advantage 0 and is counted.
+where `kl.form` is reward; then, if asked for, whitened over all chosen tokens of the step. A scale below 1e-6 divides
+nothing. Failed episodes are in no baseline; one that has nobody to be compared with has advantage 0 and is counted.
 
 Each variant changes defaults only and says which equations it stands for. Left out of all: several turns are not
 credited apart (the score is the whole episode's), rewards are not discounted, and log-ratios are clamped to ±20.
@@ -167,7 +167,8 @@ class Group:
             sums.add("lone_episodes", (included & ~compared).sum())
         if config.scale != "none":
             spread = groups.std(scores, group if config.scale == "group" else everyone, included)
-            advantages = advantages / (spread + config.scale_eps)
+            # Without spread there is no scale: eps alone would make ten thousand of a score, or signal of rounding.
+            advantages = advantages / (spread + config.scale_eps).masked_fill(spread < FLAT, 1.0)
         return advantages.masked_fill(~compared, 0), compared
 
     def _policy_loss(

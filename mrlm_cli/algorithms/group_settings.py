@@ -46,7 +46,7 @@ class GroupSettings(AlgorithmSettings):
     scale: Literal["none", "group", "batch"] = "none"
     """Divides the difference by the standard deviation (n − 1) of the scores of the task's or the step's episodes."""
     scale_eps: Annotated[float, Field(gt=0, le=1)] = 1e-4
-    """Added to that standard deviation, so that equal scores divide by more than 0."""
+    """Added to that standard deviation; scores that do not differ, by 1e-6 at least, are not divided at all."""
     whiten: bool = False
     """Give the advantages of all chosen tokens of the step mean 0 and standard deviation 1, after everything else."""
     ratio: Literal["token", "sequence_mean", "sequence_sum"] = "token"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mrlm_cli.data import forms
 from mrlm_cli.data.base import BadRow, Dataset, DataSettings, Group, NotWanted, Row
@@ -31,8 +31,18 @@ class Episodes(Dataset):
         component: str | None = None
         """Reward component that min_reward speaks of, unweighted, such as exact; by default the training reward."""
 
+        @model_validator(mode="after")
+        def _fits(self) -> Episodes.Config:
+            if self.component is not None and self.min_reward is None:
+                raise ValueError("component says what min_reward speaks of, and there is none")
+            return self
+
     labels: ClassVar[tuple[str, ...]] = ()
     config: Config
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._components: set[str] = set()  # of the episodes so far
 
     @property
     def apart(self) -> bool:
@@ -49,6 +59,9 @@ class Episodes(Dataset):
             for number, line in enumerate(content(file).split(b"\n"), start=1):
                 if line.strip():
                     yield Row(f"{file}:{number}", parsed(line))
+        component, there = self.config.component, sorted(self._components)
+        if component is not None and there and component not in there:
+            raise UserError(f"{path}: no episode has a reward component {component}; there are: {', '.join(there)}")
 
     def group(self, row: Row, index: int, held_out: bool) -> Group:
         """See Dataset."""
@@ -72,5 +85,6 @@ class Episodes(Dataset):
         component = self.config.component
         if component is None:
             return float(sum(fields["rewards"]))
-        given = fields["transcript"]["rewards"]
-        return float(sum(value for who, _, name, value in given if (who, name) == (fields["agent"], component)))
+        given = [(name, value) for who, _, name, value in fields["transcript"]["rewards"] if who == fields["agent"]]
+        self._components.update(name for name, _ in given)
+        return float(sum(value for name, value in given if name == component))

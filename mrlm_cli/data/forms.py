@@ -40,6 +40,8 @@ def group(row: Row, config: RowSettings, index: int, held_out: bool) -> Group:
         _begins_with_reply(side, name)
         if side[-1].role != "assistant":
             raise BadRow("a side does not end with the assistant's turn", f"column {name}")
+    if not prompt and fields.get(columns.prompt) is None:
+        raise BadRow(f"column {columns.prompt} is missing", "the two sides share no beginning either")
     return tuple(
         transcript(row.place, [*prompt, *side], len(prompt), index, held_out, sample, (PREFERRED, 1.0 - sample))
         for sample, side in enumerate((chosen, rejected))

@@ -7,6 +7,7 @@ directory/value.safetensors   the value head, or the critic whole; absent withou
 from __future__ import annotations
 
 import copy
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mrlm_cli.policy.trunk import checkpoint_activations
 from mrlm_cli.policy.value import Critic, ValueHead
 from mrlm_cli.recipe.sections import ModelSection, ScratchModel, Value
 
-__all__ = ["build", "load_weights", "model_directory", "reference", "save"]
+__all__ = ["build", "fingerprint", "load_weights", "model_directory", "reference", "save"]
 
 VALUE_FILE = "value.safetensors"
 
@@ -85,6 +86,15 @@ def reference(policy: Policy) -> Policy:
     """A frozen copy of the policy as it stands, without value function."""
     frozen = Policy(copy.deepcopy(policy.lm), None, precision=policy.precision)
     return frozen.requires_grad_(False).eval()
+
+
+def fingerprint(policy: Policy) -> str:
+    """A sha256 of the language model's weights and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(policy.lm.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _language_model(model: ModelSection, seed: int) -> tuple[Any, Any]:

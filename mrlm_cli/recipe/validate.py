@@ -17,6 +17,7 @@ from mrlm_cli.recipe.agents import AGENTS
 from mrlm_cli.recipe.problems import Problems, locate, near, sentence, shown, suggestion
 from mrlm_cli.recipe.reading import Mark, Node
 from mrlm_cli.recipe.schema import LISTS, MODELS, PLUGINS, Head, Recipe
+from mrlm_cli.recipe.sections import Value
 from mrlm_cli.strict import EngineSettings, EnvironmentSettings, Strict
 
 VARIANTS: dict[str, Mapping[str, type[Strict]]] = {
@@ -40,6 +41,8 @@ def recipe(tree: Node, folders: Sequence[Path]) -> Recipe:
     head = _head(tree, problems, whole=True)
     _check_steps(tree, problems)
     problems.raise_if_any()
+    _check_value(tree, parts, folders, problems)
+    problems.raise_if_any()
     if {"agents", "environments"} <= parts.keys():
         roles.check(mapping(tree)["agents"], parts["agents"], parts["environments"], folders, problems)
         problems.raise_if_any()
@@ -53,6 +56,16 @@ def recipe(tree: Node, folders: Sequence[Path]) -> Recipe:
                 problems.add(node.mark, ".".join(map(str, location)), text)
         problems.raise_if_any()
         raise
+
+
+def _check_value(tree: Node, parts: Mapping[str, Any], folders: Sequence[Path], problems: Problems) -> None:
+    """Settings of a value function are for algorithms that have one."""
+    algorithm = parts["algorithm"]
+    if parts["model"].value == Value():
+        return
+    if not registry.resolve("algorithms", algorithm.type, folders)(algorithm).needs.values:
+        node = mapping(mapping(tree)["model"])["value"]
+        problems.add(node.mark, "model.value", f"algorithm {algorithm.type} has no value function; leave it out")
 
 
 def _check_steps(tree: Node, problems: Problems) -> None:

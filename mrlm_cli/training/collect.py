@@ -11,8 +11,10 @@ from mrlm_cli.envs.scripted import PREFIX, script
 from mrlm_cli.errors import UserError
 from mrlm_cli.events import Collected, Row, Wanted
 from mrlm_cli.recipe.compose import Composed
+from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.recipe.sections import PretrainedModel
 from mrlm_cli.records import Episode, Message
+from mrlm_cli.rewards import base as rewards
 from mrlm_cli.rewards.firewall import Scorers
 from mrlm_cli.training.evaluate import component_sums
 from mrlm_cli.training.rollout import Draw, Rollout
@@ -28,6 +30,8 @@ def collect(policy: str, composed: Composed, wanted: Wanted) -> Collected:
     recipe = settled(composed.recipe, composed.folders)
 
     def rows(rollout: ScriptedRollout | Rollout, environments: Mapping[str, Environment]) -> Collected:
+        if wanted.component is not None:
+            _check_component(wanted.component, environments, recipe)
         tasks = held_out(environments, wanted.split, wanted.tasks)
         draw = Draw(recipe.seed, f"collect {wanted.split}", 0, 0)
         episodes = rollout.episodes(tasks, wanted.samples, draw, recipe.sampling.temperature)
@@ -62,6 +66,13 @@ def collect(policy: str, composed: Composed, wanted: Wanted) -> Collected:
     ) as stage:
         stage.engine.load(stage.policy.lm)
         return rows(stage.rollout(bootstrap=False), stage.environments)
+
+
+def _check_component(component: str, environments: Mapping[str, Environment], recipe: Recipe) -> None:
+    known = {name for each in environments.values() for name in each.components}
+    known |= {f"{rewards.PREFIX}{each.label}" for each in recipe.rewards}
+    if component not in known:
+        raise UserError(f"no task here has a reward component {component}; there are: {', '.join(sorted(known))}")
 
 
 def demonstrations(episodes: Sequence[Episode], component: str | None, least: float | None) -> Collected:
@@ -124,6 +135,8 @@ def _unfit(one: Episode) -> str | None:
     """Why an episode can be no example, if it cannot."""
     if one.stop == "failed":
         return "failed"
+    if not any(message.role == "assistant" for message in one.transcript.views.get(one.agent, ())):
+        return "said nothing"
     return None if one.ended else "were cut by a limit"
 
 

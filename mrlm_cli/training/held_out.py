@@ -12,7 +12,7 @@ import torch
 from mrlm_cli import registry
 from mrlm_cli.algorithms.base import Algorithm, Judged
 from mrlm_cli.draws import integer
-from mrlm_cli.errors import UserError
+from mrlm_cli.errors import CheckpointError, UserError
 from mrlm_cli.events import Estimate, Evaluation
 from mrlm_cli.policy import load
 from mrlm_cli.policy.model import Policy
@@ -81,21 +81,28 @@ def evaluate_rows(
 def of_checkpoint(
     stage: Stage, recipe: Recipe, folders: Sequence[Path], checkpoint: Path
 ) -> tuple[Evaluation, list[Episode]]:
-    """Judge a checkpoint on held-out rows; `stage` holds the model from which its run started, the reference."""
+    """Judge a checkpoint on held-out rows; `stage` holds the model from which its run started, the reference.
+
+    Raises UserError if no row is held out, CheckpointError if that model is not the one that it was.
+    """
     assert stage.loaded is not None
     assert recipe.data is not None
     algorithm = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm)
     source = DatasetSource(stage.loaded, stage.chat, recipe.data, recipe.seed, lambda text: None)
     if not source.holds_out:
         raise UserError("the run's recipe holds no rows out (data.validation_share is 0)")
+    stored = state(checkpoint)
     reference = None
     if algorithm.needs.reference:
+        if stored["reference_sha256"] not in (None, load.fingerprint(stage.policy)):
+            raise CheckpointError(
+                f"{checkpoint}: the model from which the run started has changed since; its margins would be others"
+            )
         budget = recipe.optimizer.tokens_per_micro_batch
         reference = CachedReference(load.reference(stage.policy), source, budget=budget)
     load.load_weights(stage.policy, checkpoint)
-    step = int(state(checkpoint)["step"])
     rows = source.held_out(recipe.evaluate.tasks)
-    return evaluate_rows(rows, stage.policy, reference, algorithm, recipe, step, str(checkpoint))
+    return evaluate_rows(rows, stage.policy, reference, algorithm, recipe, int(stored["step"]), str(checkpoint))
 
 
 @torch.no_grad()

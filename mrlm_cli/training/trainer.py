@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -53,8 +52,8 @@ class Trainer:
         self.algorithm: Algorithm = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm)
         # The policy as loaded, before a resume puts later weights in: KL at step 0 is 0.
         self.reference: Policy | None = load.reference(self.policy) if self.algorithm.needs.reference else None
-        self._reference_sha256 = _fingerprint(self.reference) if self.reference is not None else None
-        self._frozen_sha256 = {role: _fingerprint(policy) for role, policy in stage.frozen.items()}
+        self._reference_sha256 = load.fingerprint(self.reference) if self.reference is not None else None
+        self._frozen_sha256 = {role: load.fingerprint(policy) for role, policy in stage.frozen.items()}
         self._judged = stage.rollout(bootstrap=False)
         self._findings = stage.findings
         self.needs = self.algorithm.needs
@@ -226,11 +225,3 @@ class Trainer:
                 f"{self._refusal}; {count} in a row, so the run stops, with step {self.step} saved. If episodes "
                 "failed, the stored ones say why; if something was not finite, lower optimizer.lr or max_grad_norm"
             )
-
-
-def _fingerprint(policy: Policy) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(policy.lm.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
