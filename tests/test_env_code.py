@@ -77,6 +77,7 @@ def test_generated_tests_agree_with_the_solution(level) -> None:
     for index in range(30):
         problem = generated("train", index, (level,), ("function",))
         space: dict = {}
+        assert problem.solution.count("    x = ") == level
         exec(problem.solution, space)
         tests = problem.shown + problem.hidden
         assert (len(problem.shown), len(problem.hidden)) == (SHOWN, HIDDEN)

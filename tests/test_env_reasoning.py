@@ -1,6 +1,8 @@
 """The reasoning environment: every usable task of reasoning-gym, its traps, its splits."""
 
+import inspect
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from mrlm_cli.envs import reasoning
 from mrlm_cli.envs.conformance import SPLITS, problems
 from mrlm_cli.envs.reasoning import UNUSABLE, Reasoning, split_of
+from mrlm_cli.envs.reasoning_answers import EXPRESSIONS, LITERALS, harmless
 from mrlm_cli.errors import MissingExtra, SessionFailure, UserError
 from mrlm_cli.records import Message, Reply
 
@@ -54,12 +57,57 @@ def test_the_reasons_for_refusing_are_true():
     """Where a later reasoning-gym mends a task, this says so."""
     from reasoning_gym import create_dataset
 
-    for name in (name for name, why in UNUSABLE.items() if why.startswith("its scorer does not")):
+    for name in (name for name, why in UNUSABLE.items() if why.startswith("its scorer does not give")):
         dataset = create_dataset(name, seed=1, size=1)
         entry = dataset[0]
         assert dataset.score_answer(entry["answer"], entry) < 1, name
     dataset = create_dataset("game_of_life_halting", seed=1, size=1)
     assert dataset.score_answer("lorem ipsum", dataset[0]) == 1
+    dataset = create_dataset("puzzle24", seed=1, size=20)
+    assert all(dataset.score_answer("1 * 2 * 3 * 4", entry) == 1 for entry in dataset)
+
+
+def test_every_scorer_that_evaluates_is_known():
+    own = {"number_sorting"}  # evaluates its own answer, never the reply
+    for name in USABLE:
+        source = inspect.getsource(DATASETS[name][0].score_answer)
+        evaluates = re.search(r"\beval\(|\bexec\(|parse_expr|sympify", source) is not None
+        assert evaluates == (name in EXPRESSIONS or name in LITERALS or name in own), name
+
+
+@pytest.mark.parametrize("name", [*EXPRESSIONS, *LITERALS])
+def test_an_answer_is_never_run_as_a_program(name, tmp_path):
+    from reasoning_gym import create_dataset
+
+    dataset = create_dataset(name, seed=1, size=30)
+    assert all(harmless(name, entry["answer"]) for entry in dataset)
+    environment = make(name)
+    task = environment.task("train", 0)
+    path = tmp_path / "touched"
+    file = "+".join(f"chr({ord(letter)})" for letter in str(path))
+    for text in (
+        f"open({str(path)!r}, 'w')", f"open({file}, chr(119))", f"[open({str(path)!r}, 'w')]",
+        f"__import__('os').system('touch {path}')", f"exec({file})", "().__class__", "(lambda: 1)()", "x.diff",
+        'entry["answer"]', "oracle_answer", "valid_solutions[0]", 'entry["metadata"]["valid_answers"][0]', "answer",
+        "9**9**9**9", "((((9**99)**99)**99)**99)**99", "9**(9**9)", "x**999", "1 if 1 else 2", "x[0]", "exec(x)",
+        "[" * 5000, "'a' * 9", "{" * 300,
+    ):  # fmt: skip
+        assert not harmless(name, text), text
+        assert paid(environment, task, f"<answer>{text}</answer>")["score"] == 0, text
+    assert not path.exists()
+
+
+def test_what_an_answer_may_be_made_of():
+    assert harmless("countdown", " (5 + 3)*2 - 4/ 2 ")
+    assert not harmless("countdown", "2**3")
+    assert not harmless("countdown", "x")
+    assert harmless("polynomial_multiplication", "-3*x**2*y + (x - 1.5)**3")
+    assert harmless("intermediate_integration", "x**2*exp(-x)/2 + sqrt(x)**(3/2) - log(x)**2 + C")
+    assert not harmless("simple_integration", "exp(x)")
+    assert harmless("binary_matrix", "0 1\n1 0")
+    assert harmless("binary_matrix", "[[0, 1], [1, 0]]")
+    assert harmless("string_insertion", "['A', 'B']")
+    assert harmless("chain_sum", "anything()")
 
 
 def test_conformance_of_a_mixture_with_parameters():

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import tempfile
+import time
 from collections import Counter
 from fractions import Fraction
 from typing import Annotated, Literal
@@ -366,6 +367,20 @@ def test_python_runs_in_the_sandbox() -> None:
     assert said[1] == "<tool_result>(nothing was printed)</tool_result>"
     assert said[2] == "<tool_result>error: ZeroDivisionError: integer division or modulo by zero (line 1)</tool_result>"
     assert "Error" in said[3]
+
+
+@LINUX
+def test_programs_of_one_reply_share_their_time() -> None:
+    """Eight that sleep take the time of one, or their session would miss its deadline instead of being judged."""
+    environment = make(kinds=["program"], sandbox={"wall_seconds": 1.0})
+    begun = time.monotonic()
+    sleeps, again = call("python", program="import time; time.sleep(60)"), call("python", program="print(1)")
+    turns = talk(environment, reply(sleeps * 8), reply(again))
+    assert time.monotonic() - begun < 5
+    said = turns[1].messages[0].content.splitlines()
+    assert said[0] == "<tool_result>error: it took too long</tool_result>"
+    assert said[1:] == ["<tool_result>error: no time is left for programs in this reply</tool_result>"] * 7
+    assert turns[2].messages[0].content == "<tool_result>1\n</tool_result>"
 
 
 def test_search_finds_what_fits() -> None:

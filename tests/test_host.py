@@ -19,7 +19,7 @@ from mrlm_cli.registry import resolve
 from mrlm_cli.strict import EnvironmentSettings
 
 USER = '''
-import math, os, random, subprocess, sys, time
+import math, os, random, subprocess, sys, tempfile, time
 from pathlib import Path
 from mrlm_cli.envs.base import Environment
 from mrlm_cli.envs.sort_digits import SortDigits
@@ -78,6 +78,9 @@ class Talk:
     def grandchild(self):
         child = subprocess.Popen(["sleep", "1000"])
         (HERE / "grandchild").write_text(str(child.pid))
+        time.sleep(1000)
+    def keep(self):
+        (HERE / "kept").write_text(tempfile.mkdtemp())
         time.sleep(1000)
     def close(self): (HERE / "closed").open("a").write("x")
 
@@ -296,6 +299,15 @@ def test_a_kill_reaches_what_the_environment_started(folder):
         assert eventually(lambda: gone(int((folder / "grandchild").read_text())))
 
 
+def test_a_kill_removes_temporary_files(folder):
+    with make(folder, deadline=1.0) as host:
+        begin(host, ["a"])
+        assert isinstance(say(host, a="keep")["a"], DeadlineExceeded)
+        kept = Path((folder / "kept").read_text())
+        assert kept.parent.name.startswith("mrlm-worker-")
+        assert not kept.parent.exists()
+
+
 def test_an_interrupt_of_the_terminal_is_the_trainers_matter(folder):
     with make(folder) as host:
         process = int(begin(host, ["a"])["a"].facts["pid"])
@@ -333,7 +345,7 @@ from tests.test_host import begin, make, say
 from mrlm_cli.records import Message, Reply
 host = make(Path({str(folder)!r}))
 print(int(begin(host, ["a"])["a"].facts["pid"]), flush=True)
-host.step([("a", Reply(Message("assistant", "hang"), "end"))])
+host.step([("a", Reply(Message("assistant", "keep"), "end"))])
 sys.stdin.read()
 """
     root = Path(__file__).parents[1]
@@ -343,8 +355,10 @@ sys.stdin.read()
         assert trainer.stdout is not None
         worker = int(trainer.stdout.readline())
         assert not gone(worker)
+        assert eventually((folder / "kept").exists)
         trainer.kill()
     assert eventually(lambda: gone(worker))
+    assert not Path((folder / "kept").read_text()).parent.exists()
 
 
 def test_a_worker_that_cannot_start_is_no_failure_of_a_session(folder, monkeypatch):

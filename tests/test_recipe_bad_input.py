@@ -126,6 +126,7 @@ TABLE = [
     ("more than the context", changed("tasks_per_step: 8", "max_tokens: 257"), "7:15 sampling.max_tokens", "context = 256"),
     ("reply fills the context", changed("tasks_per_step: 8", "max_new_tokens: 256"), "7:19 sampling.max_new_tokens", "holds the prompt"),
     ("too many minibatches", changed("minibatches: 2", "minibatches: 9"), "13:16 optimizer.minibatches", "8 episodes"),
+    ("a program may outlast its session", changed("sort_digits, digits: 4", "code, sandbox: {wall_seconds: 30}"), "5:42 environments.0.sandbox.wall_seconds", "less than hardware.deadline = 30"),
     ("class's own rule", changed("hidden: 32", "hidden: 30"), "3:8 model", "multiple of 2 x heads"),
     ("include of nothing", "include: [hardware/cpuu]\n" + GOOD, "1:11 include", "did you mean hardware/cpu?"),
     ("include of a number", "include: 3\n" + GOOD, "1:10 include", "expected the name of a fragment"),

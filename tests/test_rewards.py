@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrlm_cli import api, registry
+from mrlm_cli.envs import wire
 from mrlm_cli.envs.host import NoJournal
 from mrlm_cli.errors import MrlmError, RecipeError, ScoringError, UserError
 from mrlm_cli.policy.scorer import Scorer
@@ -142,6 +143,8 @@ def test_a_lexicon_from_a_file_and_from_vader(tmp_path):
         ("length", {"longest": 1, "shortest": 2}, "above longest"),
         ("format", {"tags": ["a b"]}, "distinct names"),
         ("lexicon", {"words": {"a": 1}, "path": "x"}, "not both"),
+        ("lexicon", {"words": {"Good": 1}}, "'Good' would match nothing"),
+        ("lexicon", {"words": {"very good": 1}}, "one word in lower case"),
         ("judge", {"url": "ftp://x", "model": "m"}, "pattern"),
         ("judge", {"url": "http://x", "model": "m", "pattern": "[0-9]"}, "needs a group"),
         ("judge", {"url": "http://x", "model": "m", "key_variable": "sk-123"}, "not a key"),
@@ -162,6 +165,9 @@ def test_transcripts_cross_the_wire():
 BODY = """
 import os, re, sys, time
 
+class Mute(Exception):
+    def __str__(self): raise ValueError("no words")
+
 def by_text(transcript):
     text = transcript.views["policy"][-2].content
     if text == "hang": time.sleep(1000)
@@ -170,8 +176,9 @@ def by_text(transcript):
     if text == "exit": sys.exit(0)
     if text == "raise": raise KeyError("x" * 10_000)
     if text == "other": return {"nobody": 1.0}
+    if text == "mute": raise Mute
     return {"none": None, "nan": float("nan"), "inf": float("inf"), "big": 1.5, "text": "1", "true": True,
-            "list": [1.0], "zero": 0.0, "map": {"policy": 0.5}}.get(text, 1.0)
+            "list": [1.0], "huge": 10**400, "zero": 0.0, "map": {"policy": 0.5}}.get(text, 1.0)
 """
 
 
@@ -189,7 +196,7 @@ def function(folder, **fields):
 def test_nothing_that_a_reward_does_reaches_the_others(folder):
     texts = [
         "fine", "hang", "regex", "crash", "exit", "raise", "other",
-        "none", "nan", "inf", "big", "text", "true", "list", "zero", "map", "fine",
+        "mute", "huge", "none", "nan", "inf", "big", "text", "true", "list", "zero", "map", "fine",
     ]  # fmt: skip
     begun = time.monotonic()
     with Scorers([function(folder, deadline=2.0)], folders=[folder], workers=2, journal=NoJournal()) as scorers:
@@ -210,7 +217,8 @@ def test_nothing_that_a_reward_does_reaches_the_others(folder):
     assert "'nobody'" in said["other"]
     assert said["none"] == "expected a number, got None"
     assert said["nan"] == "its value is nan"
-    assert said["inf"] == "its value is inf"
+    assert said["inf"] == said["huge"] == "its value is inf"
+    assert said["mute"].startswith("ValueError: no words")
     assert said["big"] == "its value 1.5 is outside 0 to 1 (low and high)"
     assert {text for text in said if said[text].startswith("expected a number")} == {"none", "text", "true", "list"}
     assert given[-1]["function"] == {"policy": 1.0}
@@ -289,6 +297,16 @@ def test_a_class_of_ones_own_that_takes_several_at_once(tmp_path):
         assert given[4] == Failure("told so")
         assert given[5] == {"policy": 1.0}
         assert given[6] == {"policy": 0.5}
+
+
+def test_transcripts_that_cannot_be_sent_together_fail(tmp_path, monkeypatch):
+    (tmp_path / "pairs.py").write_text(CLASS)
+    monkeypatch.setattr(wire, "MAX_FRAME", 2**16)
+    config = registry.resolve("rewards", "./pairs.py:Pairs", (tmp_path,)).Config(type="./pairs.py:Pairs", max_failed=1)
+    long = transcript("x" * 40_000)
+    with Scorers([config], folders=[tmp_path], workers=1, journal=NoJournal()) as scorers:
+        given = [one["Pairs"] for one in scorers.score([(f"{i}", long) for i in range(3)])]
+    assert [isinstance(one, Failure) and "over the limit" in one.text for one in given] == [True, True, False]
 
 
 def test_a_transcript_that_cannot_be_sent_fails_alone(folder):

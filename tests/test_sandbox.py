@@ -413,6 +413,30 @@ def test_groups_are_removed_and_swept() -> None:
     assert not group.memory.exists()
 
 
+def test_a_program_does_not_outlive_a_killed_parent(each: Sandbox) -> None:
+    """A worker process that misses its deadline is killed before it can end its program."""
+    script = f"""
+from mrlm_cli.envs.sandbox import mechanisms, probe
+from mrlm_cli.envs.sandbox.records import Feed, Job, Limits
+sandbox = probe.attempt(mechanisms.{type(each.mechanism).__name__})
+print("ready", flush=True)
+undone = "try:\\n    import ctypes\\n    ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\\nexcept BaseException:\\n    pass\\n"
+sandbox.run(Job(undone + "import time\\ntime.sleep(1000)", "stdin", (Feed(""),)), Limits(wall_seconds=600))
+"""
+    since = float(Path("/proc/uptime").read_text().split()[0])
+    root = Path(__file__).parents[1]
+    with subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        time.sleep(1.0)
+        assert survivors(since)
+        parent.kill()
+    until = time.monotonic() + 5
+    while survivors(since) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not survivors(since)
+
+
 def test_jobs_run_side_by_side(best: Sandbox) -> None:
     """Sleeping programs take the time of one, not of all."""
     job = Job("import time\ntime.sleep(0.5)", "stdin", (Feed(""),))

@@ -48,7 +48,7 @@ class Code(Environment):
         """Which problems, how they are answered, and how programs are bounded."""
 
         levels: Annotated[tuple[Annotated[int, Field(ge=1, le=LEVELS)], ...], Field(strict=False, min_length=1)] = (1,)
-        """Difficulties of generated problems from 1 (one step on a number) to 5, each as likely as the others."""
+        """Steps of generated problems, from 1 to 5, each as likely as the others."""
         forms: Annotated[tuple[Form, ...], Field(strict=False, min_length=1)] = ("function",)
         """Generated problems ask for a function, or for a script that reads and prints; each as likely."""
         path: str | None = None

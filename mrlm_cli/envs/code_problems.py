@@ -136,10 +136,10 @@ def generated(split: Split, index: int, levels: tuple[int, ...], forms: tuple[Fo
 
 
 def _pipeline(level: int, form: Form, dice: Dice) -> CodeProblem | None:
-    """A pipeline of `level` steps (at most four); None if its answers hardly depend on the input."""
+    """A pipeline of `level` steps; None if its answers hardly depend on the input."""
     beginning = kind = dice.pick(_BEGINNINGS[level])
     chosen: list[tuple[_Step, int, str]] = []
-    for _ in range(min(level, 4)):
+    for _ in range(level):
         fitting = [step for step in _STEPS if step.takes == kind]
         step = fitting[dice.between(0, len(fitting) - 1)]
         chosen.append((step, dice.between(step.low, step.high), dice.pick(_LETTERS)))

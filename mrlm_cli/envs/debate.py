@@ -174,10 +174,11 @@ class DebateSession:
         return Turn((Message("user", self._heard(place - count + 1)),), _debater(debater))
 
     def _heard(self, begin: int) -> str:
-        """What was said from reply number `begin` on, a line for each."""
+        """What was said from reply number `begin` on, a line for each: a reply cannot make up another's."""
         count = self._config.debaters
         return "".join(
-            f"Debater {place % count + 1}, for {_letter(self._sides[place % count])}, said: {self._said[place]}\n"
+            f"Debater {place % count + 1}, for {_letter(self._sides[place % count])}, said: "
+            f"{' '.join(self._said[place].splitlines())}\n"
             for place in range(begin, len(self._said))
         )
 

@@ -8,13 +8,14 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
 from typing import IO, Any
 
-from mrlm_cli.envs.wire import HEADER, MAX_FRAME
+from mrlm_cli.envs.wire import FOLDER, HEADER, MAX_FRAME
 
 POLL_SECONDS = 0.1  # between looks at the stop event and at whether the process lives
 CHUNK = 2**16  # bytes of a read or write
@@ -35,6 +36,8 @@ class StoppedError(Exception):
 class WorkerProcess:
     """A fresh interpreter in a process group of its own, so that a kill reaches what the environment has started.
 
+    Its temporary files go to a folder of its own, which a kill removes.
+
     Answers come through a pipe that user code cannot print into; what it prints goes line by line to this process's
     stderr. What the environment leaves in another session (setsid) survives.
     """
@@ -42,12 +45,13 @@ class WorkerProcess:
     def __init__(self, name: str, stopping: Event, module: str = "mrlm_cli.envs.worker") -> None:
         self._name = name
         self._stopping = stopping
+        self._folder = tempfile.TemporaryDirectory(prefix=FOLDER, ignore_cleanup_errors=True)
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=_environment(),
+            env={**_environment(), "TMPDIR": self._folder.name},
             start_new_session=True,
             close_fds=True,
             bufsize=0,
@@ -97,6 +101,7 @@ class WorkerProcess:
             pass
         for stream in (self._requests, self._answers, self._printed):
             stream.close()
+        self._folder.cleanup()
 
     def _write(self, data: memoryview) -> int:
         try:

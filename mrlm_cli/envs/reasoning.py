@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from mrlm_cli.draws import draw_key
 from mrlm_cli.envs.base import Environment
 from mrlm_cli.envs.math_answers import extract
+from mrlm_cli.envs.reasoning_answers import harmless
 from mrlm_cli.envs.single import SingleReply
 from mrlm_cli.errors import MissingExtra, SessionFailure, UserError
 from mrlm_cli.records import Reply, Split, Task
@@ -40,6 +41,7 @@ UNUSABLE: dict[str, str] = {
     "rubiks_cube": _OWN,
     "rush_hour": _OWN,
     "game_of_life_halting": "its scorer gives 1 to answers that say nothing",
+    "puzzle24": "its scorer does not ask for the numbers of the question",
     "codeio": "it gives other questions for the same seed",
 }
 """Tasks that cannot be trained on, and why."""
@@ -51,8 +53,9 @@ class Reasoning(Environment):
     Components: `score`, what the task's own scorer pays for the answer, in [0, 1]; `format`, 1 if the reply ended by
     itself with the answer where it is asked for; `exact`, 1 for a score of 1 in that form.
 
-    Traps of the scorers are shut here: an empty answer is not shown to them; a score of at most 0.05, or at most what
-    they pay for an answer that says nothing, is worth 0; so is an answer that they cannot read (they raise). A score
+    Traps of the scorers are shut here: an empty answer is not shown to them, nor, where they have Python evaluate it,
+    one that is no plain expression (`reasoning_answers`): it is worth 0. So is a score of at most 0.05, or at most what
+    they pay for an answer that says nothing, and an answer that they cannot read (they raise). A score
     that is no number in [0, 1] fails the session. Tasks whose scorers or generators are broken are refused by name,
     with the reason.
 
@@ -194,6 +197,8 @@ def split_of(question: str) -> Split:
 
 def _score(name: str, dataset: Any, answer: str, entry: Mapping[str, Any]) -> float:
     """What the task's scorer pays. Raises SessionFailure for what is no number in [0, 1]."""
+    if not harmless(name, answer):
+        return 0.0
     try:
         score = dataset.score_answer(answer, entry)
     except Exception:  # a border: scorers raise whatever their parser raises on an answer that they cannot read

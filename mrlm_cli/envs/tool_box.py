@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +41,7 @@ class Box:
         self._notes = dict(notes)
         self._folder = tempfile.TemporaryDirectory(prefix="mrlm-tools-") if "files" in names else None
         self._sandbox, self._limits = sandbox, limits
+        self._seconds = limits.wall_seconds  # left to the programs of this reply
         self._documents = documents
         self._rank = _ranking(documents) if "search" in names else None
         functions = [function for name in names for function in self._functions()[name]]
@@ -50,6 +53,10 @@ class Box:
         """Remove the private directory."""
         if self._folder is not None:
             self._folder.cleanup()
+
+    def begin(self) -> None:
+        """A new reply: the wall time of programs is that of all calls in one reply, or many would miss a deadline."""
+        self._seconds = self._limits.wall_seconds
 
     def answer(self, name: str, arguments: Any) -> str:
         """What a tool says, cut if it is long. Raises ToolError."""
@@ -65,7 +72,12 @@ class Box:
     def python(self, program: Annotated[str, "a Python program that prints what you want to know"]) -> str:
         """Run a Python program without files or network, and see what it prints."""
         assert self._sandbox is not None
-        (result,) = self._sandbox.run(Job(program, "stdin", (Feed(""),)), self._limits)
+        if self._seconds <= 0:
+            raise ToolError("no time is left for programs in this reply")
+        begun = time.monotonic()
+        job, limits = Job(program, "stdin", (Feed(""),)), replace(self._limits, wall_seconds=self._seconds)
+        (result,) = self._sandbox.run(job, limits)
+        self._seconds -= time.monotonic() - begun
         if result.kind == "printed":
             return result.text or "(nothing was printed)"
         raise ToolError(f"{result.text}{f' (line {result.line})' if result.line else ''}")

@@ -48,7 +48,7 @@ class Tools(Environment):
         calls: Annotated[int, Field(ge=1, le=100)] = 3
         """Replies with calls, right or wrong; sampling.max_turns must be above it."""
         sandbox: SandboxSettings = SandboxSettings()
-        """Bounds of a program given to the tool python."""
+        """Bounds of a program given to the tool python; all of one reply share the wall time."""
 
         @model_validator(mode="after")
         def _fits(self) -> Tools.Config:
@@ -140,6 +140,7 @@ class ToolSession:
     def step(self, reply: Reply) -> Turn:
         """Answer the calls, or judge the final answer."""
         self._replies += 1
+        self._box.begin()
         try:
             found = tool_calls.calls(reply.message.content)
         except ToolError as error:

@@ -20,6 +20,7 @@ MAX_FRAME = 64 * 2**20  # bytes; a larger message is a mistake, and would stall 
 LARGEST = 1e9  # of a reward or fact: squares and sums of it stay far inside float32
 MAX_FAILURE = 500  # characters of an exception's text
 HEADER = struct.Struct(">I")
+FOLDER = "mrlm-worker-"  # begins the name of a worker process's folder for temporary files
 ROLES = ("system", "user", "assistant", "tool")
 
 

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -29,6 +31,7 @@ from typing import IO, Any
 
 from mrlm_cli.envs.base import Environment, Session
 from mrlm_cli.envs.wire import (
+    FOLDER,
     HEADER,
     check_turn,
     describe_exception,
@@ -127,6 +130,8 @@ def _receive(requests: IO[bytes], inbox: SimpleQueue[dict[str, Any]]) -> None:
     """Read in a thread of its own, so that a trainer's end is seen also while user code runs."""
     while len(header := requests.read(HEADER.size)) == HEADER.size:
         inbox.put(json.loads(requests.read(HEADER.unpack(header)[0])))
+    if Path(tempfile.gettempdir()).name.startswith(FOLDER):  # a trainer that was killed cannot remove it any more
+        shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpgrp(), signal.SIGKILL)
     os._exit(0)

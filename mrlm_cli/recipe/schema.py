@@ -172,6 +172,13 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
         seen[environment.label] += 1
         if seen[environment.label] > 1:
             yield ("environments", index), f"a second environment called {environment.label!r}; give it a `name`"
+        wall = getattr(getattr(environment, "sandbox", None), "wall_seconds", 0.0)
+        if wall >= recipe.hardware.deadline:
+            yield (
+                ("environments", index, "sandbox", "wall_seconds"),
+                f"got {wall:g}; expected less than hardware.deadline = {recipe.hardware.deadline:g}, "
+                "or a slow program fails its session instead of being judged",
+            )
     named: Counter[str] = Counter()
     for index, reward in enumerate(recipe.rewards):
         named[reward.label] += 1

@@ -166,7 +166,10 @@ class _Worker:
         self._end_process()
 
     def _outcomes(self, label: str, transcripts: Sequence[str], seconds: float) -> list[Outcome]:
-        request = frame({"op": "score", "reward": label, "transcripts": list(transcripts)})
+        try:
+            request = frame({"op": "score", "reward": label, "transcripts": list(transcripts)})
+        except ValueError as error:  # each may be sent, but not all of them together
+            return [Failure(f"its transcript cannot be sent to a worker process: {error}")] * len(transcripts)
         failure = ""
         for _ in range(2):
             try:
@@ -179,6 +182,9 @@ class _Worker:
                 self._end_process()
                 failure = f"{died}, twice"
                 continue
+            if "failure" in answer:  # what it gave or raised cannot even be told
+                failure = answer["failure"]
+                break
             return [outcome_from_json(fields) for fields in answer["outcomes"]]
         return [Failure(failure)] * len(transcripts)
 

@@ -18,6 +18,7 @@ from mrlm_cli.records import Transcript
 from mrlm_cli.rewards.base import RewardSettings, TextReward
 from mrlm_cli.strict import Strings
 
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 MOST_SCORED = 1000  # characters given to the sentiment lexicon, whose time grows with their square
 
 
@@ -160,6 +161,9 @@ class Lexicon(TextReward):
 
         @model_validator(mode="after")
         def _fits(self) -> Lexicon.Config:
+            for word in self.words:
+                if word != word.lower() or not _WORD.fullmatch(word):
+                    raise ValueError(f"{word!r:.60} would match nothing: expected one word in lower case")
             if self.words and self.path is not None:
                 raise ValueError("give words or path, not both")
             return self
@@ -176,7 +180,7 @@ class Lexicon(TextReward):
         text = replies[-1] if replies else ""
         if not self._scores:
             return float(_vader().polarity_scores(text[:MOST_SCORED])["compound"])
-        words = re.findall(r"\w+(?:['’-]\w+)*", text.lower())
+        words = _WORD.findall(text.lower())
         return sum(self._scores.get(word, 0.0) for word in words) / max(1, len(words))
 
     @cached_property

@@ -47,7 +47,10 @@ def checked(outcome: Any, transcript: Transcript, settings: RewardSettings) -> O
             return Failure(f"it scored agent {agent!r}, who is not one of {', '.join(transcript.views)}")
         if isinstance(value, bool) or not isinstance(value, Real):
             return Failure(f"expected a number, got {value!r:.100}")
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            number = math.inf
         if not math.isfinite(number):
             return Failure(f"its value is {number}")
         if not settings.low <= number <= settings.high:

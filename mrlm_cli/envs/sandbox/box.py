@@ -109,10 +109,11 @@ def _run(mechanism: Mechanism, request: bytes, limits: Limits) -> tuple[list[byt
         finally:
             os.close(writing)
         ended: Kind | None
+        begun = time.monotonic()
         try:
             data, ended = _read(reading, limits)
             if ended is None and not data.endswith(b'["end"]\n'):
-                ended = _ending(started, limits.wall_seconds)
+                ended = _ending(started, max(1.0, limits.wall_seconds - (time.monotonic() - begun)))
         finally:
             started.end()
         first, *lines = data.split(b"\n")

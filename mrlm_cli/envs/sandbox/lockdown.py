@@ -9,7 +9,7 @@ import posix
 import resource
 
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
-NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER, SET_DUMPABLE = 38, 22, 2, 4
+NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER, SET_DUMPABLE, SET_DEATH_SIGNAL, KILL = 38, 22, 2, 4, 1, 9
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the same numbers on every architecture
 RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # rights on files by version of the interface; 16 from the fifth
 
@@ -54,6 +54,8 @@ def lock(request, rlimits):
     number = ctypes.c_long
     checked(LIBC.prctl(NO_NEW_PRIVILEGES, number(1), number(0), number(0), number(0)), "no_new_privs")
     checked(LIBC.prctl(SET_DUMPABLE, number(0), number(0), number(0), number(0)), "dumpable")
+    # Whoever started this may be killed before it can end this; the filter keeps the program from taking it back.
+    checked(LIBC.prctl(SET_DEATH_SIGNAL, number(KILL), number(0), number(0), number(0)), "death signal")
     version = checked(LIBC.syscall(number(CREATE_RULESET), None, number(0), number(1)), "Landlock")
     rules = Rules((1 << RIGHTS.get(version, 16)) - 1, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
     size = 24 if version >= 6 else 16 if version >= 4 else 8

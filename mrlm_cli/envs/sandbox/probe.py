@@ -109,7 +109,7 @@ def attempt(kind: type[Mechanism]) -> Sandbox | str:
 
 def _leaks(sandbox: Sandbox) -> list[str]:
     """What a program in the sandbox could do that it must not. Raises SandboxFailure."""
-    descriptor, secret = tempfile.mkstemp(prefix="mrlm-probe-")
+    descriptor, secret = tempfile.mkstemp(prefix="mrlm-probe-", dir="/tmp")  # TMPDIR may be closed to other users
     try:
         os.write(descriptor, b"secret")
         os.fchmod(descriptor, 0o644)  # Landlock and mounts must hide it, not its mode

@@ -22,6 +22,7 @@ _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 _NAMESPACES = 0x7E020000  # CLONE_NEW*
 _THREAD = 0x00010000  # CLONE_THREAD
 _IOCTLS = (0x5401, 0x5413, 0x5421, 0x541B, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONBIO, FIONREAD, FIONCLEX, FIOCLEX
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG: a program alone must not outlive the one who started it
 _OWNERS = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: they make the kernel send signals to others
 
 
@@ -45,10 +46,14 @@ def program(*, alone: bool) -> bytes:
         (_IF_AT_LEAST, 0, 1, _X32),
         (_RETURN, 0, 0, _KILL),
     ]
+    if alone:
+        own = allowed.pop("prctl")
     for number in sorted(allowed.values()):
         code += [(_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
     needs_thread = [(_IF_ANY_BIT, 1, 0, _THREAD), (_RETURN, 0, 0, _REFUSE)] if alone else []
     not_spaces = [(_IF_ANY_BIT, 0, 1, _NAMESPACES), (_RETURN, 0, 0, _REFUSE)]
+    if alone:
+        code += _where(own, 0, [*_either((_DEATH_SIGNAL,), _REFUSE), (_RETURN, 0, 0, _ALLOW)])
     code += _where(filtered["clone"], 0, [*not_spaces, *needs_thread, (_RETURN, 0, 0, _ALLOW)])
     # Its flags lie behind a pointer, which a filter cannot follow; the C library falls back to clone.
     code += [(_IF_EQUAL, 0, 1, filtered["clone3"]), (_RETURN, 0, 0, _UNKNOWN)]

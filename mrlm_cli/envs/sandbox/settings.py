@@ -14,7 +14,7 @@ class SandboxSettings(Strict):
     """Bounds of one program, all of its tests together. The mechanism is the strongest that works on the machine."""
 
     wall_seconds: Annotated[float, Field(gt=0, le=3600)] = 10.0
-    """Wall time; a program that sleeps or waits is ended by it. Keep it below hardware.deadline."""
+    """Wall time; a program that sleeps or waits is ended by it. It must be below hardware.deadline."""
     cpu_seconds: Annotated[int, Field(ge=1, le=3600)] = 5
     """CPU time of each process."""
     test_seconds: Annotated[float, Field(gt=0, le=3600)] = 2.0
