@@ -63,6 +63,8 @@ def test_the_reasons_for_refusing_are_true():
         assert dataset.score_answer(entry["answer"], entry) < 1, name
     dataset = create_dataset("game_of_life_halting", seed=1, size=1)
     assert dataset.score_answer("lorem ipsum", dataset[0]) == 1
+    dataset = create_dataset("intermediate_integration", seed=1, size=60)
+    assert any("Integral(" in entry["answer"] for entry in dataset)
     dataset = create_dataset("puzzle24", seed=1, size=20)
     assert all(dataset.score_answer("1 * 2 * 3 * 4", entry) == 1 for entry in dataset)
 
@@ -102,7 +104,6 @@ def test_what_an_answer_may_be_made_of():
     assert not harmless("countdown", "2**3")
     assert not harmless("countdown", "x")
     assert harmless("polynomial_multiplication", "-3*x**2*y + (x - 1.5)**3")
-    assert harmless("intermediate_integration", "x**2*exp(-x)/2 + sqrt(x)**(3/2) - log(x)**2 + C")
     assert not harmless("simple_integration", "exp(x)")
     assert harmless("binary_matrix", "0 1\n1 0")
     assert harmless("binary_matrix", "[[0, 1], [1, 0]]")

@@ -42,6 +42,7 @@ UNUSABLE: dict[str, str] = {
     "rush_hour": _OWN,
     "game_of_life_halting": "its scorer gives 1 to answers that say nothing",
     "puzzle24": "its scorer does not ask for the numbers of the question",
+    "intermediate_integration": "some of its own answers are integrals left undone",
     "codeio": "it gives other questions for the same seed",
 }
 """Tasks that cannot be trained on, and why."""

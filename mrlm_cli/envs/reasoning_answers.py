@@ -1,8 +1,8 @@
 """What an answer may be made of before a scorer of reasoning-gym may see it that has Python evaluate the answer.
 
 Nine of its scorers (0.1.25) call `eval`, or `parse_expr` of sympy, which is `eval` as well: a reply could run any
-program outside every sandbox, or name the right answer, which is a variable of the scorer. One of them, puzzle24, is
-refused for another reason.
+program outside every sandbox, or name the right answer, which is a variable of the scorer. Two of them, puzzle24 and
+intermediate_integration, are refused for other reasons.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import re
 LONGEST = 300  # characters of an expression
 _TOKEN = re.compile(r"\s*(?:(\*\*|[-+*/()])|([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?![A-Za-z_])|([A-Za-z]+)(?![A-Za-z0-9_]))")
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-_TRIGONOMETRIC = frozenset({"sin", "cos", "tan", "sec", "csc", "cot", "sinh", "cosh", "tanh", "asin", "acos", "atan"})
-_FUNCTIONS = _TRIGONOMETRIC | {"exp", "log", "ln", "sqrt", "pi"}
 _EXPONENT = re.compile(r"\*\*\s*(?:-?[0-9]{1,2}|\(\s*-?[0-9]{1,2}\s*(?:/\s*[0-9]{1,2}\s*)?\))(?!\s*\*\*)(?![0-9.])")
 MOST_POWERS = 3  # of anything but a letter: three times the 99th power is the largest number that comes of it
 
@@ -22,7 +20,6 @@ EXPRESSIONS: dict[str, frozenset[str]] = {
     "countdown": frozenset(),
     "polynomial_multiplication": _LETTERS,
     "simple_integration": _LETTERS,
-    "intermediate_integration": _LETTERS | _FUNCTIONS,
 }
 """Tasks that want an expression, and the names that may stand in it."""
 LITERALS: dict[str, re.Pattern[str]] = {
