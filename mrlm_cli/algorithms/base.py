@@ -65,3 +65,26 @@ class Judged(Algorithm, Protocol):
 
     def judge(self, out: PolicyOut, batch: Batch) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """name -> (sum, count) of each unit [U], `loss` among them, on a credited batch; undivided."""
+
+
+class Plain:
+    """The common case: every group is kept, the policy trains throughout, no step ends the update, nothing is saved."""
+
+    def keep(self, group: Sequence[Episode]) -> str | None:
+        """Every group is kept."""
+        return None
+
+    def value_only(self, progress: Progress) -> bool:
+        """Never."""
+        return False
+
+    def stop(self, metrics: dict[str, float]) -> bool:
+        """Never."""
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """There is none."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to take back."""

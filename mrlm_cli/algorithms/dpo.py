@@ -10,22 +10,21 @@ unless asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from mrlm_cli import formulas
-from mrlm_cli.algorithms.base import AlgorithmSettings, Needs
+from mrlm_cli.algorithms.base import AlgorithmSettings, Needs, Plain
 from mrlm_cli.algorithms.pairs import judged, measured, pairs, weighed
 from mrlm_cli.metrics import Sums
-from mrlm_cli.records import Batch, Episode, PolicyOut, Progress
+from mrlm_cli.records import Batch, PolicyOut, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class DPO:
+class DPO(Plain):
     """Direct preference optimization, on pairs of data or on the best and worst episodes of a task."""
 
     class Config(AlgorithmSettings):
@@ -63,10 +62,6 @@ class DPO:
         )
         self.bootstrap = False
 
-    def keep(self, group: Sequence[Episode]) -> str | None:
-        """Every group is kept."""
-        return None
-
     def credit(self, batch: Batch, progress: Progress) -> tuple[Batch, Sums]:
         """Weights of the two rows of each pair, and a mass of 1 a pair; rows of no pair have neither."""
         batch, sums = weighed(batch)
@@ -87,21 +82,6 @@ class DPO:
         preferred, other = self._scores(out, batch)
         beta = self.config.beta
         return judged(beta * preferred, beta * other, self._loss(preferred - other))
-
-    def value_only(self, progress: Progress) -> bool:
-        """Never."""
-        return False
-
-    def stop(self, metrics: dict[str, float]) -> bool:
-        """Never."""
-        return False
-
-    def state(self) -> dict[str, Any]:
-        """There is none."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""
 
     def _scores(self, out: PolicyOut, batch: Batch) -> tuple[Tensor, Tensor]:
         """Σ_t weights · (log π − log π_ref) of the pairs' preferred and other rows: implicit rewards over β, [P]."""

@@ -8,22 +8,21 @@ as well. Left out: margins between grades, ensembles, and a score before the end
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from mrlm_cli import formulas
-from mrlm_cli.algorithms.base import AlgorithmSettings, Needs
+from mrlm_cli.algorithms.base import AlgorithmSettings, Needs, Plain
 from mrlm_cli.algorithms.pairs import judged, measured, pairs, right, weighed
 from mrlm_cli.metrics import Sums
-from mrlm_cli.records import Batch, Episode, PolicyOut, Progress
+from mrlm_cli.records import Batch, PolicyOut, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class RewardModel:
+class RewardModel(Plain):
     """A reward model on preference pairs: the value function learns a score after the last token."""
 
     class Config(AlgorithmSettings):
@@ -39,10 +38,6 @@ class RewardModel:
         self.config = config
         self.needs = Needs(values=True, reference=False, old=False, logprobs=False, entropy=False, pairs=config.pairs)
         self.bootstrap = False
-
-    def keep(self, group: Sequence[Episode]) -> str | None:
-        """Every group is kept."""
-        return None
 
     def credit(self, batch: Batch, progress: Progress) -> tuple[Batch, Sums]:
         """A mass of 1 a pair; rows of no pair have neither weight nor mass."""
@@ -64,21 +59,6 @@ class RewardModel:
             **judged(preferred, other, each),
             "longer": (right(lengths[first] - lengths[second]), each.new_ones(len(each))),
         }
-
-    def value_only(self, progress: Progress) -> bool:
-        """Never: a shared trunk is trained too."""
-        return False
-
-    def stop(self, metrics: dict[str, float]) -> bool:
-        """Never."""
-        return False
-
-    def state(self) -> dict[str, Any]:
-        """There is none."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""
 
     def _scores(self, out: PolicyOut, batch: Batch) -> tuple[Tensor, Tensor]:
         assert out.final_values is not None

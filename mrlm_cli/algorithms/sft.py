@@ -10,14 +10,13 @@ template adds, and a penalty on the distance from the start.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from mrlm_cli.algorithms.base import AlgorithmSettings, Needs
+from mrlm_cli.algorithms.base import AlgorithmSettings, Needs, Plain
 from mrlm_cli.metrics import Sums
-from mrlm_cli.records import Batch, Episode, PolicyOut, Progress
+from mrlm_cli.records import Batch, PolicyOut, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 Weight = Annotated[float, Field(ge=0, le=1000)]
 
 
-class SFT:
+class SFT(Plain):
     """Supervised fine-tuning: the likelihood of replies, and of observations where they have a weight."""
 
     class Config(AlgorithmSettings):
@@ -52,10 +51,6 @@ class SFT:
             values=False, reference=False, old=False, entropy=False, observed=config.observation_weight > 0
         )
         self.bootstrap = False
-
-    def keep(self, group: Sequence[Episode]) -> str | None:
-        """Every group is kept."""
-        return None
 
     def credit(self, batch: Batch, progress: Progress) -> tuple[Batch, Sums]:
         """Weights of replies and observations; mass is their sum, or 1 a row. Rows without weight have no mass."""
@@ -89,21 +84,6 @@ class SFT:
     def _kinds(self, batch: Batch) -> dict[str, Tensor]:
         """name -> bool [B,T] of the tokens it is about; one of a single kind would repeat the loss."""
         return {} if batch.observed is None else {"reply_loss": batch.mask, "observation_loss": batch.observed}
-
-    def value_only(self, progress: Progress) -> bool:
-        """Never."""
-        return False
-
-    def stop(self, metrics: dict[str, float]) -> bool:
-        """Never."""
-        return False
-
-    def state(self) -> dict[str, Any]:
-        """There is none."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""
 
 
 def _only(x: Tensor, where: Tensor) -> Tensor:

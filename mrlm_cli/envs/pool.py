@@ -18,8 +18,6 @@ from mrlm_cli.errors import DeadlineExceeded, MrlmError, SessionFailure
 from mrlm_cli.records import Reply, Task, Turn
 from mrlm_cli.strict import EnvironmentSettings
 
-START_SECONDS = 120.0  # for an interpreter to start and import what the environments import
-
 Outcome = Turn | SessionFailure
 
 
@@ -178,17 +176,11 @@ class Worker:
                 label: {"type": settings.type, "config": settings.model_dump_json()}
                 for label, settings in self._settings.items()
             }
-            folders = [str(folder.resolve()) for folder in self._folders]
             try:
-                init = frame({"op": "init", "folders": folders, "environments": environments})
-                answer = self._process.ask(init, START_SECONDS)
-            except LateError:
-                answer = {"failure": f"not ready after {START_SECONDS:g} s"}
-            except DiedError as died:
-                answer = {"failure": str(died)}
-            if "failure" in answer:
+                self._process.initialise(self._folders, environments=environments)
+            except MrlmError:
                 self._end_process()
-                raise MrlmError(f"{self._name} cannot start: {answer['failure']}")
+                raise
         return self._process
 
     def _end_process(self) -> None:

@@ -10,13 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
 from typing import IO, Any
 
-from mrlm_cli.envs.wire import FOLDER, HEADER, MAX_FRAME
+from mrlm_cli.envs.wire import FOLDER, HEADER, MAX_FRAME, frame
+from mrlm_cli.errors import MrlmError
 
+START_SECONDS = 120.0  # for an interpreter to start and import what it is to hold
 POLL_SECONDS = 0.1  # between looks at the stop event and at whether the process lives
 CHUNK = 2**16  # bytes of a read or write
 
@@ -91,6 +94,21 @@ class WorkerProcess:
                     raise DiedError(self._ending())
         self._forward()
         return _decode(answer)
+
+    def initialise(self, folders: Sequence[Path], **held: Any) -> None:
+        """Tell the worker what to hold; `folders` lead its sys.path. Raises MrlmError if it cannot start.
+
+        After an error the process must be killed.
+        """
+        request = {"op": "init", "folders": [str(folder.resolve()) for folder in folders], **held}
+        try:
+            answer = self.ask(frame(request), START_SECONDS)
+        except LateError:
+            answer = {"failure": f"not ready after {START_SECONDS:g} s"}
+        except DiedError as died:
+            answer = {"failure": str(died)}
+        if "failure" in answer:
+            raise MrlmError(f"{self._name} cannot start: {answer['failure']}")
 
     def kill(self) -> None:
         """End the whole process group, now."""

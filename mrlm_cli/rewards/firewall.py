@@ -19,7 +19,6 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Protocol
 
-from mrlm_cli.envs.pool import START_SECONDS
 from mrlm_cli.envs.process import DiedError, LateError, WorkerProcess
 from mrlm_cli.envs.wire import frame
 from mrlm_cli.errors import MrlmError, ScoringError
@@ -195,16 +194,11 @@ class _Worker:
                 settings.label: {"type": settings.type, "config": settings.model_dump_json()}
                 for settings in self._rewards
             }
-            folders = [str(folder.resolve()) for folder in self._folders]
             try:
-                answer = process.ask(frame({"op": "init", "folders": folders, "rewards": rewards}), START_SECONDS)
-            except LateError:
-                answer = {"failure": f"not ready after {START_SECONDS:g} s"}
-            except DiedError as died:
-                answer = {"failure": str(died)}
-            if "failure" in answer:
+                process.initialise(self._folders, rewards=rewards)
+            except MrlmError:
                 self._end_process()
-                raise MrlmError(f"{self._name} cannot start: {answer['failure']}")
+                raise
         return self._process
 
     def _end_process(self) -> None:
