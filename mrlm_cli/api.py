@@ -351,6 +351,7 @@ def _plugin_names(recipe: Recipe) -> list[str]:
     data = [] if recipe.data is None else [recipe.data.type]
     named = [recipe.algorithm.type, recipe.engine.type, *data, *(each.type for each in recipe.environments)]
     functions = [str(getattr(reward, "path", "")) for reward in recipe.rewards if reward.type == "function"]
+    functions += [name for each in recipe.environments for name in getattr(each, "functions", ())]
     return [*named, *(each.type for each in recipe.rewards), *players, *functions]
 
 

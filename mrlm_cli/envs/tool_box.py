@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,19 +13,25 @@ from typing import Annotated, Any
 from mrlm_cli.envs.sandbox.box import Sandbox
 from mrlm_cli.envs.sandbox.records import Feed, Job, Limits
 from mrlm_cli.envs.tool_calculator import calculate
-from mrlm_cli.envs.tool_schema import Tool, ToolError
-from mrlm_cli.errors import MissingExtra
+from mrlm_cli.envs.tool_schema import Offered, Tool, ToolError
+from mrlm_cli.errors import MissingExtra, SessionFailure
 
 MOST_KEPT = 100  # notes, and files
 MOST_TEXT = 20_000  # characters of a note or file
 MOST_ANSWER = 2000  # characters of a tool's answer
+_FUNCTIONS = {
+    "notes": ("read_note", "write_note", "list_notes"),
+    "files": ("read_file", "write_file", "list_files"),
+}  # tools that are more than the function of their name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 class Box:
     """Tools by name, over what a session starts with. `close` removes its directory.
 
-    `sandbox` is needed for the tool python alone, and the extra `search` for the tool search. Raises MissingExtra.
+    `sandbox` is needed for the tool python alone, and the extra `search` for the tool search. `others` are offered
+    beside the built-in ones; with `only`, none but the tools of these names. Raises MissingExtra, and SessionFailure
+    where two tools share a name or one of `only` is not there.
     """
 
     def __init__(
@@ -37,6 +43,8 @@ class Box:
         documents: Sequence[str],
         sandbox: Sandbox | None,
         limits: Limits,
+        others: Iterable[Offered] = (),
+        only: Sequence[str] | None = None,
     ) -> None:
         self._notes = dict(notes)
         self._folder = tempfile.TemporaryDirectory(prefix="mrlm-tools-") if "files" in names else None
@@ -44,8 +52,16 @@ class Box:
         self._seconds = limits.wall_seconds  # left to the programs of this reply
         self._documents = documents
         self._rank = _ranking(documents) if "search" in names else None
-        functions = [function for name in names for function in self._functions()[name]]
-        self.tools = {tool.name: tool for tool in map(Tool.of, functions)}
+        functions: list[Callable[..., str]] = [getattr(self, each) for each in names_of(names)]
+        self.tools: dict[str, Offered] = {}
+        for tool in (*map(Tool.of, functions), *others):
+            if tool.name in self.tools:
+                raise SessionFailure(f"two tools are called {tool.name!r}")
+            self.tools[tool.name] = tool
+        if only is not None:
+            if missing := sorted(set(only) - self.tools.keys()):
+                raise SessionFailure(f"no tool is called {missing[0]!r}; there are {', '.join(self.tools)}")
+            self.tools = {name: tool for name, tool in self.tools.items() if name in only}
         for name, text in files.items():
             self.write_file(name, text)
 
@@ -129,14 +145,10 @@ class Box:
         assert self._folder is not None
         return Path(self._folder.name) / name
 
-    def _functions(self) -> dict[str, tuple[Callable[..., str], ...]]:
-        return {
-            "calculator": (self.calculator,),
-            "python": (self.python,),
-            "search": (self.search,),
-            "notes": (self.read_note, self.write_note, self.list_notes),
-            "files": (self.read_file, self.write_file, self.list_files),
-        }
+
+def names_of(tools: Sequence[str]) -> list[str]:
+    """Names of the functions that built-in tools consist of, in order."""
+    return [name for tool in tools for name in _FUNCTIONS.get(tool, (tool,))]
 
 
 def _check_size(text: str, kept: int, what: str) -> None:

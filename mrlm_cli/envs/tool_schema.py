@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
+from mrlm_cli.errors import SessionFailure
+
+MOST_SAID = 300  # characters of what a broken tool says
 _NAMES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
 
 class ToolError(Exception):
     """A call that cannot be answered; the text goes to the policy and says what to do instead."""
+
+
+class BrokenTool(ToolError):
+    """A tool that is not built in raised something; the policy is told, and the call is counted apart."""
+
+
+class Offered(Protocol):
+    """What a policy may call."""
+
+    @property
+    def name(self) -> str:
+        """Its name, the only one so in a session."""
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """{"type": "function", "function": {"name", "description", "parameters"}}, as chat templates take it."""
+
+    def call(self, arguments: Any) -> str:
+        """The answer. Raises ToolError for what the policy shall be told, SessionFailure for what is not its doing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +43,11 @@ class Tool:
 
     name: str
     schema: Mapping[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
-    function: Callable[..., str]
+    function: Callable[..., Any]
 
     @classmethod
-    def of(cls, function: Callable[..., str]) -> Tool:
-        """The tool of a function that returns text.
+    def of(cls, function: Callable[..., Any]) -> Tool:
+        """The tool of a function that returns text; what else it returns is written as JSON.
 
         The first paragraph of its docstring is the description; a parameter is str, int, float, bool, a Literal of
         texts or a list of one of these, and `Annotated[int, "what it is"]` describes it. Raises TypeError for a
@@ -65,7 +88,34 @@ class Tool:
         for name, value in arguments.items():
             if not _fits(value, properties[name]):
                 raise ToolError(f"{self.name}: the argument {name} must be {_words(properties[name])}")
-        return self.function(**arguments)
+        found = self.function(**arguments)
+        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTool:
+    """A user's function: whatever it raises is told to the policy, and costs nothing else."""
+
+    tool: Tool
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return self.tool.name
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """The function's schema."""
+        return self.tool.schema
+
+    def call(self, arguments: Any) -> str:
+        """The answer. Raises ToolError for what the function says with it, BrokenTool for all else that it raises."""
+        try:
+            return self.tool.call(arguments)
+        except (ToolError, SessionFailure):
+            raise
+        except Exception as error:  # a border: a user's function may raise anything
+            raise BrokenTool(f"{self.name} failed: {type(error).__name__}: {error}"[:MOST_SAID]) from error
 
 
 def _schema(hint: Any, where: str) -> dict[str, Any]:

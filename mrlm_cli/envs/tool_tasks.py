@@ -21,14 +21,15 @@ _PARTS = ("kar", "vel", "lo", "mir", "sen", "tor", "bra", "dun", "fel", "gos", "
 
 @dataclass(frozen=True, slots=True)
 class ToolTask:
-    """A question with its answer, what the tools hold, and the call that leads to the answer."""
+    """A question with its answer, what the tools hold, and the call that leads to the answer, where it is known."""
 
     question: str
     answer: str
-    call: tuple[str, dict[str, Any]]  # name and arguments
+    call: tuple[str, dict[str, Any]] | None = None  # name and arguments
     notes: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     documents: tuple[str, ...] = ()
+    offered: tuple[str, ...] | None = None  # names of the tools to offer; None for all
 
 
 def generated(split: Split, index: int, kinds: tuple[Kind, ...]) -> ToolTask:

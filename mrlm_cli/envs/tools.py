@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal
 
@@ -12,11 +13,13 @@ from mrlm_cli.envs import math_answers, tool_calls
 from mrlm_cli.envs.base import Environment
 from mrlm_cli.envs.code import chosen_sandbox
 from mrlm_cli.envs.sandbox.settings import SandboxSettings
-from mrlm_cli.envs.tool_box import Box, require_search
-from mrlm_cli.envs.tool_schema import ToolError
+from mrlm_cli.envs.tool_box import Box, names_of, require_search
+from mrlm_cli.envs.tool_files import own_tools, read
+from mrlm_cli.envs.tool_schema import BrokenTool, ToolError
 from mrlm_cli.envs.tool_tasks import NEEDED, Kind, ToolTask, generated
+from mrlm_cli.errors import UserError
 from mrlm_cli.records import Message, Reply, Split, Task, Turn
-from mrlm_cli.strict import EnvironmentSettings
+from mrlm_cli.strict import EnvironmentSettings, Strings
 
 ToolName = Literal["calculator", "python", "search", "notes", "files"]
 _ASK = "Give the final answer between <answer> and </answer>."
@@ -28,11 +31,17 @@ class Tools(Environment):
     A reply without a tool call is the final answer. Components: `correct`, 1 if it is right; `format`, 1 if it stands
     between the tags, the reply ended by itself and no call before it was wrong; `exact`, 1 for a right answer between
     the tags. Wrong calls (no JSON, unknown tools, arguments that do not fit, what a tool refuses) are answered with
-    what is wrong. Facts: `calls`, `wrong_calls`.
+    what is wrong. Facts: `calls`, `wrong_calls`, and `broken_calls`, those in which a tool of yours raised something
+    other than a ToolError.
 
     With `style: template` the tools' schemas go to the model's chat template, and calls are read in the form that
     Hermes, Qwen, Mistral and Llama 3 templates teach; with `tagged` the prompt explains a form that any model can
-    write. There is no end to tasks; what the tools hold is new in every task, so that nothing can be learnt by heart.
+    write. There is no end to generated tasks; what the tools hold is new in every one, so that nothing can be learnt by
+    heart. Tasks of your own are read from `path`; a tenth of them each becomes validation and test, by a hash of the
+    question. `functions` are tools of your own: typed Python functions, called in worker processes; a call that does
+    not end before hardware.deadline fails its session. An answer is right if it is the same number, or else the same
+    text without blanks.
+
     The tool python needs a sandbox (raises UserError without), the tool search the extra `search` (MissingExtra).
     """
 
@@ -40,9 +49,15 @@ class Tools(Environment):
         """Which tasks, which tools, and how calls are written."""
 
         kinds: Annotated[tuple[Kind, ...], Field(strict=False, min_length=1)] = ("calculate", "notes", "files")
-        """Kinds of tasks, each as likely as the others."""
+        """Kinds of generated tasks, each as likely as the others; not used with a file."""
         tools: Annotated[tuple[ToolName, ...], Field(strict=False)] = ()
-        """Tools to offer besides those that the kinds need."""
+        """Built-in tools to offer besides those that the kinds need."""
+        path: str | None = None
+        """A file of tasks instead of kinds, JSON lines or .parquet (extra `parquet`): rows with `question`, `answer`,
+        and perhaps `tools`, the names of those to offer for it (by default all)."""
+        functions: Strings = ()
+        """Tools of your own: ./my_tools.py:name beside the recipe or in the working directory, or
+        package.module:name. The name, the types and the docstring are what the policy is told."""
         style: Literal["tagged", "template"] = "tagged"
         """Calls as the prompt explains them, or as the model's own chat template does."""
         calls: Annotated[int, Field(ge=1, le=100)] = 3
@@ -52,15 +67,21 @@ class Tools(Environment):
 
         @model_validator(mode="after")
         def _fits(self) -> Tools.Config:
-            for names in (self.kinds, self.tools):
+            for names in (self.kinds, self.tools, self.functions):
                 if len(set(names)) != len(names):
-                    raise ValueError("kinds or tools names one of them twice")
+                    raise ValueError("kinds, tools or functions names one of them twice")
+            for name in self.functions:
+                if ":" not in name:
+                    raise ValueError(f"functions: expected ./file.py:name or package.module:name, got {name!r:.80}")
+            if self.path is not None and not (self.tools or self.functions):
+                raise ValueError("path brings tasks alone; say with tools or functions what solves them")
             return self
 
         @property
         def offered(self) -> tuple[str, ...]:
-            """The tools of every task, whichever kind it is: otherwise they would tell the kind."""
-            return tuple(dict.fromkeys([NEEDED[kind] for kind in self.kinds] + list(self.tools)))
+            """The built-in tools of every task, whichever kind it is: otherwise they would tell the kind."""
+            kinds = self.kinds if self.path is None else ()
+            return tuple(dict.fromkeys([NEEDED[kind] for kind in kinds] + list(self.tools)))
 
     components: ClassVar[dict[str, float]] = {"correct": 1.0, "format": 0.1, "exact": 0.0}
     audited: ClassVar[bool] = True
@@ -71,19 +92,24 @@ class Tools(Environment):
         if "search" in config.offered:
             require_search()
         self._sandbox = chosen_sandbox(config.sandbox.allow_unsafe) if "python" in config.offered else None
+        self._own = own_tools(config.functions)
+        self._names = [*names_of(config.offered), *(tool.name for tool in self._own)]
+        if twice := sorted({name for name in self._names if self._names.count(name) > 1}):
+            raise UserError(f"two tools are called {twice[0]!r}; rename the function")
 
     @property
     def in_process(self) -> bool:
-        """Not with the tool python, which takes time."""
-        return self._sandbox is None
+        """Not with the tool python, which takes time, nor with tools that nobody audited."""
+        return self._sandbox is None and not self._own
 
-    def size(self, split: Split) -> None:
-        """There is no end to tasks."""
-        return
+    def size(self, split: Split) -> int | None:
+        """Tasks of a file; there is no end to generated ones. Raises UserError for a broken file."""
+        return None if self.config.path is None else len(self._read(self.config.path)[split])
 
     def task(self, split: Split, index: int) -> Task:
-        """Task number `index` of the split; what the tools hold is not in it. Raises ValueError below 0."""
-        if index < 0:
+        """Task number `index` of the split; what the tools hold is not in it. Raises ValueError outside the split."""
+        size = self.size(split)
+        if index < 0 or (size is not None and index >= size):
             raise ValueError(f"{split} has no task {index}")
         made = self._made(split, index)
         return Task(
@@ -100,18 +126,28 @@ class Tools(Environment):
             documents=made.documents or ("There is nothing here.",),
             sandbox=self._sandbox,
             limits=self.config.sandbox.limits(),
+            others=self._own,
+            only=made.offered,
         )
         return ToolSession(made, box, self.config)
 
     def oracle(self, task: Task) -> list[str]:
-        """The call that finds the answer, then the answer."""
+        """The call that finds the answer, where it is known, then the answer."""
         made = self._made(task.split, task.index)
+        answer = f"<answer>{made.answer}</answer>"
+        if made.call is None:
+            return [answer]
         name, arguments = made.call
         call = json.dumps({"name": name, "arguments": arguments})
-        return [f"{tool_calls.OPEN}{call}{tool_calls.CLOSE}", f"<answer>{made.answer}</answer>"]
+        return [f"{tool_calls.OPEN}{call}{tool_calls.CLOSE}", answer]
 
     def _made(self, split: Split, index: int) -> ToolTask:
-        return _generated(split, index, self.config.kinds)
+        if self.config.path is None:
+            return _generated(split, index, self.config.kinds)
+        return self._read(self.config.path)[split][index]
+
+    def _read(self, path: str) -> Mapping[Split, tuple[ToolTask, ...]]:
+        return read(path, tuple(self._names))
 
 
 class ToolSession:
@@ -121,7 +157,7 @@ class ToolSession:
         self._task = task
         self._box = box
         self._config = config
-        self._replies = self._calls = self._wrong = 0
+        self._replies = self._calls = self._wrong = self._broken = 0
 
     def start(self) -> Turn:
         """The question, with the tools as the style says."""
@@ -161,6 +197,7 @@ class ToolSession:
             return self._box.answer(call.name, call.arguments)
         except ToolError as error:
             self._wrong += 1
+            self._broken += isinstance(error, BrokenTool)
             return f"error: {error}"
 
     def _said(self, answers: list[tuple[str, str]], reply: Reply) -> Turn:
@@ -187,6 +224,8 @@ class ToolSession:
 
     def _done(self, **components: float) -> Turn:
         facts = {"calls": float(self._calls), "wrong_calls": float(self._wrong)}
+        if self._config.functions:
+            facts["broken_calls"] = float(self._broken)
         return Turn(rewards={"policy": components}, done=True, facts=facts)
 
 

@@ -96,7 +96,8 @@ def absolute(tree: Node, folders: Sequence[Path]) -> Node:
     """The tree with every relative path that exists in one of `folders` made absolute; the others as written.
 
     Paths are `model.path`, `model.value.path`, `data.path`, `data.validation_path`, those of agents, the files in
-    `./file.py:Class`, and text settings of environments and rewards called `path` or ending in `_path`.
+    `./file.py:Class`, text settings of environments and rewards called `path` or ending in `_path`, and their lists
+    called `functions`.
     """
     for path in list(_paths(tree)):
         tree = _replaced(tree, path, folders)
@@ -121,6 +122,13 @@ def _paths(tree: Node) -> Iterator[tuple[str | int, ...]]:
                 for name in mapping(item):
                     if name in ("type", "path") or name.endswith("_path"):
                         yield (section, index, name)
+                yield from ((section, index, *path) for path in _functions(item))
+
+
+def _functions(item: Node) -> Iterator[tuple[str | int, ...]]:
+    functions = mapping(item).get("functions")
+    if functions is not None and isinstance(functions.value, list):
+        yield from (("functions", place) for place in range(len(functions.value)))
 
 
 def _replaced(node: Node, path: Sequence[str | int], folders: Sequence[Path]) -> Node:
