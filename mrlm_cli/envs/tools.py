@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal
 
@@ -16,6 +16,7 @@ from mrlm_cli.envs.sandbox.settings import SandboxSettings
 from mrlm_cli.envs.tool_box import Box, names_of, require_search
 from mrlm_cli.envs.tool_files import own_tools, read
 from mrlm_cli.envs.tool_schema import BrokenTool, ToolError
+from mrlm_cli.envs.tool_servers import ServerSettings, ToolServers, close, require_mcp
 from mrlm_cli.envs.tool_tasks import NEEDED, Kind, ToolTask, generated
 from mrlm_cli.errors import UserError
 from mrlm_cli.records import Message, Reply, Split, Task, Turn
@@ -39,8 +40,9 @@ class Tools(Environment):
     write. There is no end to generated tasks; what the tools hold is new in every one, so that nothing can be learnt by
     heart. Tasks of your own are read from `path`; a tenth of them each becomes validation and test, by a hash of the
     question. `functions` are tools of your own: typed Python functions, called in worker processes; a call that does
-    not end before hardware.deadline fails its session. An answer is right if it is the same number, or else the same
-    text without blanks.
+    not end before hardware.deadline fails its session. `mcp` names servers (see `tool_servers`), whose answers should
+    be the same for the same calls, or a resume is not exact; one that dies or is late fails the session. An answer is
+    right if it is the same number, or else the same text without blanks.
 
     The tool python needs a sandbox (raises UserError without), the tool search the extra `search` (MissingExtra).
     """
@@ -58,6 +60,8 @@ class Tools(Environment):
         functions: Strings = ()
         """Tools of your own: ./my_tools.py:name beside the recipe or in the working directory, or
         package.module:name. The name, the types and the docstring are what the policy is told."""
+        mcp: Annotated[tuple[ServerSettings, ...], Field(strict=False)] = ()
+        """MCP servers (extra `mcp`), whose tools are offered as well: [{command: [python, ./my_server.py]}]."""
         style: Literal["tagged", "template"] = "tagged"
         """Calls as the prompt explains them, or as the model's own chat template does."""
         calls: Annotated[int, Field(ge=1, le=100)] = 3
@@ -73,8 +77,8 @@ class Tools(Environment):
             for name in self.functions:
                 if ":" not in name:
                     raise ValueError(f"functions: expected ./file.py:name or package.module:name, got {name!r:.80}")
-            if self.path is not None and not (self.tools or self.functions):
-                raise ValueError("path brings tasks alone; say with tools or functions what solves them")
+            if self.path is not None and not (self.tools or self.functions or self.mcp):
+                raise ValueError("path brings tasks alone; say with tools, functions or mcp what solves them")
             return self
 
         @property
@@ -92,6 +96,9 @@ class Tools(Environment):
         if "search" in config.offered:
             require_search()
         self._sandbox = chosen_sandbox(config.sandbox.allow_unsafe) if "python" in config.offered else None
+        if config.mcp:
+            require_mcp()
+        self._servers = ToolServers(config.mcp)
         self._own = own_tools(config.functions)
         self._names = [*names_of(config.offered), *(tool.name for tool in self._own)]
         if twice := sorted({name for name in self._names if self._names.count(name) > 1}):
@@ -100,7 +107,7 @@ class Tools(Environment):
     @property
     def in_process(self) -> bool:
         """Not with the tool python, which takes time, nor with tools that nobody audited."""
-        return self._sandbox is None and not self._own
+        return self._sandbox is None and not self._own and not self.config.mcp
 
     def size(self, split: Split) -> int | None:
         """Tasks of a file; there is no end to generated ones. Raises UserError for a broken file."""
@@ -119,6 +126,7 @@ class Tools(Environment):
     def open(self, task: Task, seed: int) -> ToolSession:
         """Ask; nothing depends on the seed."""
         made = self._made(task.split, task.index)
+        served, own = self._servers.open()
         box = Box(
             self.config.offered,
             notes=made.notes,
@@ -126,10 +134,10 @@ class Tools(Environment):
             documents=made.documents or ("There is nothing here.",),
             sandbox=self._sandbox,
             limits=self.config.sandbox.limits(),
-            others=self._own,
+            others=(*self._own, *served),
             only=made.offered,
         )
-        return ToolSession(made, box, self.config)
+        return ToolSession(made, box, self.config, lambda: close(own))
 
     def oracle(self, task: Task) -> list[str]:
         """The call that finds the answer, where it is known, then the answer."""
@@ -147,16 +155,17 @@ class Tools(Environment):
         return self._read(self.config.path)[split][index]
 
     def _read(self, path: str) -> Mapping[Split, tuple[ToolTask, ...]]:
-        return read(path, tuple(self._names))
+        return read(path, None if self.config.mcp else tuple(self._names))
 
 
 class ToolSession:
     """Calls and their answers, until a reply makes no call or no call is left."""
 
-    def __init__(self, task: ToolTask, box: Box, config: Tools.Config) -> None:
+    def __init__(self, task: ToolTask, box: Box, config: Tools.Config, end: Callable[[], None]) -> None:
         self._task = task
         self._box = box
         self._config = config
+        self._end = end
         self._replies = self._calls = self._wrong = self._broken = 0
 
     def start(self) -> Turn:
@@ -188,8 +197,9 @@ class ToolSession:
         return self._said([(call.name, self._answer(call)) for call in found], reply)
 
     def close(self) -> None:
-        """Remove what the tools kept."""
+        """Remove what the tools kept, and end the session's own servers."""
         self._box.close()
+        self._end()
 
     def _answer(self, call: tool_calls.ToolCall) -> str:
         self._calls += 1

@@ -179,6 +179,13 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
                 f"got {wall:g}; expected less than hardware.deadline = {recipe.hardware.deadline:g}, "
                 "or a slow program fails its session instead of being judged",
             )
+        for number, server in enumerate(getattr(environment, "mcp", ())):
+            if server.deadline >= recipe.hardware.deadline:
+                yield (
+                    ("environments", index, "mcp", number),
+                    f"deadline ({server.deadline:g}) must be below hardware.deadline = {recipe.hardware.deadline:g}, "
+                    "or a late server costs the whole worker process",
+                )
     named: Counter[str] = Counter()
     for index, reward in enumerate(recipe.rewards):
         named[reward.label] += 1

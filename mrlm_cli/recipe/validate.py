@@ -96,8 +96,8 @@ def absolute(tree: Node, folders: Sequence[Path]) -> Node:
     """The tree with every relative path that exists in one of `folders` made absolute; the others as written.
 
     Paths are `model.path`, `model.value.path`, `data.path`, `data.validation_path`, those of agents, the files in
-    `./file.py:Class`, text settings of environments and rewards called `path` or ending in `_path`, and their lists
-    called `functions`.
+    `./file.py:Class`, text settings of environments and rewards called `path` or ending in `_path`, their lists
+    called `functions`, and commands of tool servers.
     """
     for path in list(_paths(tree)):
         tree = _replaced(tree, path, folders)
@@ -126,9 +126,15 @@ def _paths(tree: Node) -> Iterator[tuple[str | int, ...]]:
 
 
 def _functions(item: Node) -> Iterator[tuple[str | int, ...]]:
-    functions = mapping(item).get("functions")
-    if functions is not None and isinstance(functions.value, list):
-        yield from (("functions", place) for place in range(len(functions.value)))
+    """Paths of functions, and of the words of commands, inside an item of a list."""
+    yield from (("functions", place) for place in range(len(_listed(item, "functions"))))
+    for number, server in enumerate(_listed(item, "mcp")):
+        yield from (("mcp", number, "command", place) for place in range(len(_listed(server, "command"))))
+
+
+def _listed(node: Node, name: str) -> list[Node]:
+    found = mapping(node).get(name)
+    return found.value if found is not None and isinstance(found.value, list) else []
 
 
 def _replaced(node: Node, path: Sequence[str | int], folders: Sequence[Path]) -> Node:

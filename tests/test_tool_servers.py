@@ -1,0 +1,133 @@
+"""Tools of MCP servers: listed, called, refused, late, dead, and ended with the process that started them."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mrlm_cli.envs.host import Host, NoJournal
+from mrlm_cli.envs.tool_servers import ServerSettings
+from mrlm_cli.envs.tools import Tools
+from mrlm_cli.errors import MissingExtra, SessionFailure
+from mrlm_cli.recipe import compose
+from mrlm_cli.records import Message, Reply, Turn
+
+SERVER = str(Path(__file__).with_name("mcp_server.py"))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    rows = [{"question": f"What is {n} + {n}?", "answer": 2 * n, "tools": None} for n in range(9)]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "tasks.jsonl")
+
+
+def settings(path: str, *, tools=(), calls=9, **fields) -> Tools.Config:
+    server = {"command": [sys.executable, SERVER], **fields}
+    given = {"type": "tools", "path": path, "mcp": [server], "tools": tools, "calls": calls}
+    return Tools.Config.model_validate_json(json.dumps(given))
+
+
+def call(name: str, **arguments) -> str:
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+def sessions(config: Tools.Config, *talks: list[str], deadline: float = 30.0) -> list[list[Turn | SessionFailure]]:
+    """Each talk in a session of its own, one after the other in one worker process."""
+    found = []
+    with Host([config], folders=[], workers=1, deadline=deadline, journal=NoJournal()) as host:
+        for number, replies in enumerate(talks):
+            name = str(number)
+            turns = [host.collect(host.open([(name, host.environments["tools"].task("train", 0), 0)]))[name]]
+            for text in replies:
+                turns.append(host.collect(host.step([(name, Reply(Message("assistant", text), "end"))]))[name])
+            host.close([name])
+            found.append(turns)
+    return found
+
+
+def said(turn) -> str:
+    assert isinstance(turn, Turn), turn
+    return turn.messages[0].content.removeprefix("<tool_result>").removesuffix("</tool_result>")
+
+
+def gone(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_tools_are_listed_called_and_refused(path, monkeypatch) -> None:
+    monkeypatch.setenv("MRLM_TEST_VARIABLE", "seen")
+    monkeypatch.setenv("MRLM_TEST_SECRET", "hidden")
+    config = settings(path, tools=["calculator"], variables=["MRLM_TEST_VARIABLE"])
+    asked = [
+        call("add", a=2, b=3), call("calculator", expression="6*7"), call("add", a="x", b=1), call("refuse"),
+        call("add"), call("absent"), "<tool_call>{\"name\": \"add\", \"arguments\": [1]}</tool_call>", call("process"),
+    ]  # fmt: skip
+    ((first, *answers),) = sessions(config, asked)
+    listed = [json.loads(line)["name"] for line in said(first).splitlines() if line.startswith('{"name"')]
+    assert listed == ["calculator", "add", "keep", "refuse", "sleep", "die", "process"]
+    assert '"description": "Add two whole numbers."' in said(first)
+    told = [said(turn) for turn in answers]
+    assert told[:2] == ["5", "42"]
+    assert all(text.startswith("error: ") for text in told[2:7])
+    assert "refuse" in told[3]
+    assert "valid integer" in told[2]
+    assert "there is no tool 'absent'" in told[5]
+    process, variable, secret = told[7].split()
+    assert (variable, secret) == ("seen", "None")
+    until = time.monotonic() + 10
+    while not gone(int(process)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert gone(int(process))
+
+
+def test_a_server_that_dies_or_is_late_fails_its_session_and_no_other(path) -> None:
+    config = settings(path, deadline=1.0)
+    talks = [
+        call("die"),
+        call("keep", text="one"),
+        call("keep", text="two"),
+        call("sleep", seconds=60),
+        call("add", a=1, b=1),
+    ]
+    died, first, shared, late, last = sessions(config, *[[text] for text in talks])
+    assert isinstance(died[1], SessionFailure)
+    assert "died in a call of die" in str(died[1])
+    assert [said(turns[1]) for turns in (first, shared)] == ["one", "one two"]
+    assert "no answer within 1 s" in str(late[1])
+    assert said(last[1]) == "2"
+
+
+def test_a_fresh_server_keeps_nothing_between_sessions(path) -> None:
+    talks = [[call("keep", text="one")], [call("keep", text="two")]]
+    assert [said(turns[1]) for turns in sessions(settings(path, fresh=True), *talks)] == ["one", "two"]
+
+
+def test_a_server_that_cannot_start_is_named(path) -> None:
+    ((outcome,),) = sessions(settings(path, command=["/no/such/program"]), [])
+    assert isinstance(outcome, SessionFailure)
+    assert "tool server /no/such/program cannot start" in str(outcome)
+
+
+def test_a_missing_extra_is_named(path, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"mrlm\[mcp\]"):
+        Tools(settings(path))
+
+
+def test_a_command_is_found_beside_the_recipe_and_its_deadline_is_checked(tmp_path, path) -> None:
+    (tmp_path / "server.py").write_text("")
+    text = (
+        "name: x\nsteps: 1\nmodel: {type: scratch}\nalgorithm: {type: ppo}\n"
+        "environments: [{type: tools, path: tasks.jsonl, mcp: [{command: [python, ./server.py]}]}]\n"
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    (environment,) = compose.load(str(tmp_path / "r.yaml")).recipe.environments
+    assert environment.mcp == (ServerSettings(command=("python", str(tmp_path / "server.py"))),)
+    with pytest.raises(Exception, match=r"r\.yaml:5:.* environments\.0\.mcp\.0.*deadline.*hardware\.deadline"):
+        compose.load(str(tmp_path / "r.yaml"), ["hardware.deadline=5"])
