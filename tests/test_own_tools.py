@@ -190,7 +190,7 @@ def test_broken_files_are_named(folder, rows, match) -> None:
     [
         ({"functions": ["mine.py"]}, "expected ./file.py:name"),
         ({"functions": ["a:b", "a:b"]}, "names one of them twice"),
-        ({"functions": [], "tools": []}, "say with tools or functions"),
+        ({"functions": [], "tools": []}, "say with tools, functions or mcp"),
     ],
 )
 def test_settings_that_do_not_fit(folder, fields, match) -> None:
