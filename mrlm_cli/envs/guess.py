@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cache
 from typing import Annotated, ClassVar
@@ -22,7 +23,10 @@ class Guess(Environment):
     naming the secret ends the game, and so does the last allowed guess.
 
     Components: `win`; `cost`, 1 for every miss; `wasted`, 1 for a guess that an answer before had ruled out (it costs
-    the best policy nothing, and tells a beginner what the answers mean); `invalid`, for every reply that is no number
+    the best policy nothing, and tells a beginner what the answers mean); `narrowed`, the share of the secret's bits that
+    an answer told, log(numbers possible before / after) / log(numbers in the range), which adds up to 1 in every won
+    game and so pays for good questions at once without favouring any way to win (Ng, Harada & Russell 1999; weight 0
+    unless the recipe gives it one); `invalid`, for every reply that is no number
     of the range, 1 plus the share of its characters that are not digits, so that a policy without any idea is led to
     digits; `exact`, 1 for a win. A reply cut by the length limit ends the episode: it is worse by 1 than one that
     ended, or ending would not be learnt, and counts for every guess that was left, or breaking off would pay better
@@ -54,7 +58,7 @@ class Guess(Environment):
                 raise ValueError(f"low ({self.low}) must be below high ({self.high})")
             return self
 
-    components: ClassVar[dict[str, float]] = {"win": 1.0, "cost": -0.1, "wasted": -0.1, "invalid": -0.2, "exact": 0.0}
+    components: ClassVar[dict[str, float]] = {"win": 1.0, "cost": -0.1, "wasted": -0.1, "narrowed": 0.0, "invalid": -0.2, "exact": 0.0}
     audited: ClassVar[bool] = True
     held_out: ClassVar[bool] = False
     config: Config
@@ -107,15 +111,20 @@ class GuessSession:
         if guess is None:
             return self._turn("?", done=left == 1, invalid=_strangeness(reply.message.content))
         if guess == self._secret:
-            return self._turn("", done=True, win=1.0, exact=1.0)
-        wasted = guess not in self._possible
-        if not wasted:
-            low, high = self._possible.start, self._possible.stop
-            self._possible = range(low, guess) if self._secret < guess else range(guess + 1, high)
-        return self._turn("<" if self._secret < guess else ">", done=left == 1, cost=1.0, wasted=float(wasted))
+            return self._turn("", done=True, win=1.0, exact=1.0, narrowed=self._narrow(guess, guess + 1))
+        wasted = float(guess not in self._possible)
+        answer = "<" if self._secret < guess else ">"
+        low, high = self._possible.start, self._possible.stop
+        narrowed = self._narrow(low, min(high, guess)) if answer == "<" else self._narrow(max(low, guess + 1), high)
+        return self._turn(answer, done=left == 1, cost=1.0, wasted=wasted, narrowed=narrowed)
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _narrow(self, low: int, high: int) -> float:
+        """Only range(low, high) is still possible: the share of the secret's bits that this tells."""
+        before, self._possible = len(self._possible), range(low, high)
+        return math.log(before / len(self._possible)) / math.log(self._config.high - self._config.low + 1)
 
     def _turn(self, answer: str, *, done: bool, **components: float) -> Turn:
         messages = () if done else (Message("user", answer),)

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 # 128 MiB in fp32. Each further chunk costs a pass over the head's whole gradient [V,H], so that small ones are slow.
 CHUNK_LOGITS = 2**25
+# 2 MiB in fp32.
+BLOCK_LOGITS = 2**19
 
 
 def chunked_logprobs(
@@ -57,36 +59,64 @@ def _score(logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -
 
 
 class _LogprobAndEntropy(torch.autograd.Function):
-    """logits [n,V], targets [n] -> log p[target] [n], H [n], keeping one [n,V] array for the backward pass.
+    """logits [n,V], targets [n] -> log p[target] [n], H [n], keeping nothing of size [n,V] but the logits themselves.
 
-    ∂ log p_k / ∂ z_j = [j = k] − p_j and ∂ H / ∂ z_j = −p_j (log p_j + H), with z = logits / temperature.
+    log p_j = z_j − log Σ exp z with z = logits / temperature, H = −Σ p_j log p_j;
+    ∂ log p_k / ∂ z_j = [j = k] − p_j and ∂ H / ∂ z_j = −p_j (log p_j + H).
+    A few rows at a time go through all the steps, so that what lies between two steps stays in the processor's cache.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
         precision = torch.promote_types(logits.dtype, torch.float32)
-        scaled = logits if temperature == 1 else logits.to(precision) / temperature
-        log_p = torch.log_softmax(scaled, dim=-1, dtype=precision)
-        logprobs = log_p.gather(-1, targets[:, None]).squeeze(-1)
-        if entropy:
-            log_p.clamp_(min=torch.finfo(precision).min)  # 0 · log 0 is 0, not NaN; a NaN stays one
-            entropies = -(log_p.exp().mul_(log_p)).sum(-1)
-        else:
-            entropies = torch.zeros_like(logprobs)
+        logprobs = torch.empty(len(logits), dtype=precision, device=logits.device)
+        log_total = torch.empty_like(logprobs)
+        entropies = torch.zeros_like(logprobs)
+        for rows in _blocks(logits):
+            z = _scaled(logits[rows], temperature, precision)
+            highest = z.amax(-1, keepdim=True)
+            z.sub_(highest)
+            chosen = z.gather(-1, targets[rows, None])[:, 0]
+            weights = z.exp()
+            total = weights.sum(-1)
+            logprobs[rows] = chosen - total.log()
+            log_total[rows] = highest[:, 0] + total.log()
+            if entropy:
+                z.clamp_(min=torch.finfo(precision).min)  # 0 · log 0 is 0, not NaN; a NaN stays one
+                entropies[rows] = total.log() - weights.mul_(z).sum(-1) / total
+        if not entropy:
             ctx.mark_non_differentiable(entropies)
-        ctx.save_for_backward(log_p, entropies, targets)
-        ctx.temperature, ctx.entropy, ctx.dtype = temperature, entropy, logits.dtype
+        ctx.save_for_backward(logits, targets, log_total, entropies)
+        ctx.temperature, ctx.entropy = temperature, entropy
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, logprob_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        log_p, entropies, targets = ctx.saved_tensors
-        p = log_p.exp()
-        if ctx.entropy:
-            slope = (log_p + entropies[:, None]).mul_(-entropy_gradient[:, None]).sub_(logprob_gradient[:, None])
-            gradient = p.mul_(slope)
-        else:
-            gradient = p.mul_(-logprob_gradient[:, None])
-        gradient.scatter_add_(-1, targets[:, None], logprob_gradient[:, None])
-        return gradient.div_(ctx.temperature).to(ctx.dtype), None, None, None
+        logits, targets, log_total, entropies = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows in _blocks(logits):
+            of_logprob = logprob_gradient[rows, None]
+            log_p = _scaled(logits[rows], ctx.temperature, log_total.dtype).sub_(log_total[rows, None])
+            p = log_p.exp()
+            if ctx.entropy:
+                log_p.clamp_(min=torch.finfo(log_p.dtype).min)
+                slope = log_p.add_(entropies[rows, None]).mul_(-entropy_gradient[rows, None]).sub_(of_logprob)
+            else:
+                slope = -of_logprob
+            of_z = p.mul_(slope).scatter_add_(-1, targets[rows, None], of_logprob)
+            gradient[rows] = of_z if ctx.temperature == 1 else of_z.div_(ctx.temperature)
+        return gradient, None, None, None
+
+
+def _scaled(logits: Tensor, temperature: float, precision: torch.dtype) -> Tensor:
+    """A new tensor: logits / temperature in `precision`."""
+    scaled = logits.to(precision, copy=True)
+    return scaled if temperature == 1 else scaled.div_(temperature)
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Rows of [n,V] in slices of at most BLOCK_LOGITS logits; all at once where there is no cache to stay in."""
+    count = len(logits)
+    size = max(1, BLOCK_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else max(1, count)
+    return [slice(begin, begin + size) for begin in range(0, count, size)]

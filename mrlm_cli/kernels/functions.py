@@ -104,7 +104,7 @@ class SwiGLU(torch.autograd.Function):
         out = torch.empty_like(both)
         of_gate, of_up = out.chunk(2, dim=-1)
         torch.mul(gradient, torch.nn.functional.silu(gate), out=of_up)
-        of_gate.copy_(torch.ops.aten.silu_backward(gradient * up, gate))
+        torch.ops.aten.silu_backward(gradient * up, gate, grad_input=of_gate)
         return out
 
 
@@ -136,10 +136,12 @@ def gather(rows: Tensor, packing: Packing) -> Tensor:
 
 
 class Attention(torch.autograd.Function):
-    """Causal attention with every score written out, in the residual stream's type: fastest for short rows.
+    """Causal attention with every score written out: fastest for short rows.
 
     projected [N,(heads+2·kv_heads)·d] in c, queries, keys and values side by side; cos, sin [N,d/2]
-    -> [N,heads·d] in c. The rotation and the scores are made again in the backward pass instead of being kept.
+    -> [N,heads·d] in c. Rotation, scores, softmax and the gradient of the probabilities are in the type of the angles;
+    the products of probabilities (or of their gradient) with values, keys and queries are in c. Kept for the backward
+    pass: queries, keys, values and the probabilities [B,heads,T,T], in c.
     """
 
     @staticmethod
@@ -153,41 +155,40 @@ class Attention(torch.autograd.Function):
         kv_heads: int,
         scaling: float,
     ) -> Tensor:
-        ctx.save_for_backward(projected, cos, sin)
-        ctx.packing, ctx.heads, ctx.kv_heads, ctx.scaling = packing, heads, kv_heads, scaling
+        dtype = projected.dtype
         query, key, value = _rows(projected, cos, sin, packing, heads, kv_heads)
-        attended = _attention(query, key, scaling, packing) @ value  # [B*kv, g*T, d]
-        return _unhead(attended, packing, heads, kv_heads).index_select(0, packing.owner).to(projected.dtype)
+        chances = _attention(query, key, scaling, packing).to(dtype)  # [B*kv, g*T, T]
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        ctx.save_for_backward(query, key, value, chances, cos, sin)
+        ctx.packing, ctx.heads, ctx.kv_heads, ctx.scaling = packing, heads, kv_heads, scaling
+        return _unhead(chances @ value, packing, heads, kv_heads).index_select(0, packing.owner)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        projected, cos, sin = ctx.saved_tensors
+        query, key, value, chances, cos, sin = ctx.saved_tensors
         packing, heads, kv_heads = ctx.packing, ctx.heads, ctx.kv_heads
         rows, longest = packing.rows
-        query, key, value = _rows(projected, cos, sin, packing, heads, kv_heads)
-        chances = _attention(query, key, ctx.scaling, packing)  # [B*kv, g*T, T]
-        width = key.shape[-1]
-        given = gradient.to(cos.dtype)
+        width, dtype = key.shape[-1], key.dtype
+        given = gradient
         if not packing.plain:  # a shared position is attended from once, for all rows that hold it
             given = given.new_zeros(rows * longest, heads * width).index_copy_(0, packing.owner, given)
         given = _head(given.view(rows, longest, heads, width), kv_heads)  # [B*kv, g*T, d]
         of_value = chances.transpose(1, 2) @ given
-        of_scores = given @ value.transpose(1, 2)
-        of_scores.sub_((of_scores * chances).sum(-1, keepdim=True)).mul_(chances).mul_(ctx.scaling)
-        of_query = of_scores @ key
-        of_key = of_scores.transpose(1, 2) @ query
-        out = of_key.new_empty(rows, longest, heads + 2 * kv_heads, width)
-        out[:, :, :heads] = (
-            of_query.view(rows, kv_heads, -1, longest, width)
-            .permute(0, 3, 1, 2, 4)
-            .reshape(rows, longest, heads, width)
+        of_scores = given.to(cos.dtype) @ value.to(cos.dtype).transpose(1, 2)
+        of_scores.sub_((of_scores * chances).sum(-1, keepdim=True)).mul_(chances)
+        slope = of_scores.mul_(ctx.scaling).to(dtype)
+        of_query = slope @ key
+        of_key = slope.transpose(1, 2) @ query
+        out = cos.new_empty(rows, longest, heads + 2 * kv_heads, width)
+        out[:, :, :heads].unflatten(2, (kv_heads, -1)).copy_(
+            of_query.view(rows, kv_heads, -1, longest, width).permute(0, 3, 1, 2, 4)
         )
         out[:, :, heads:-kv_heads] = of_key.view(rows, kv_heads, longest, width).transpose(1, 2)
         out[:, :, -kv_heads:] = of_value.view(rows, kv_heads, longest, width).transpose(1, 2)
         of_projected = gather(out.view(rows * longest, -1), packing)
         rotate_(of_projected.view(len(cos), -1, width)[:, : heads + kv_heads], cos, -sin)
-        return of_projected.to(projected.dtype), None, None, None, None, None, None
+        return of_projected.to(dtype), None, None, None, None, None, None
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -233,7 +234,5 @@ def _unhead(x: Tensor, packing: Packing, heads: int, kv_heads: int) -> Tensor:
 def _attention(query: Tensor, key: Tensor, scaling: float, packing: Packing) -> Tensor:
     """Attention probabilities [B*kv, g*T, T]. Rows are padded behind their end only, so causality is the whole mask."""
     _, longest = packing.rows
-    scores = (query @ key.transpose(1, 2)).mul_(scaling)
-    later = torch.ones(longest, longest, dtype=torch.bool, device=key.device).triu_(1)
-    scores.view(len(key), -1, longest, longest).masked_fill_(later, -torch.inf)
-    return torch.softmax(scores, dim=-1)
+    mask = query.new_full((longest, longest), -torch.inf).triu_(1).repeat(query.shape[1] // longest, 1)
+    return torch.softmax(torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scaling), dim=-1)
