@@ -224,7 +224,7 @@ METRICS: dict[str, Metric] = _table(
     ),
     Metric(
         "lone_episodes",
-        "Episodes with advantage 0 because a baseline has nobody to compare them with.",
+        "Episodes with nobody to be compared with: advantage 0 under a baseline, or no pair.",
         "count",
         "0; as many as lost their siblings by failures",
     ),

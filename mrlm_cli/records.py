@@ -137,6 +137,7 @@ class Batch:
     unit: torch.Tensor  # int64 [B]: rows of one unit are never split
     truncated: torch.Tensor  # bool [B]: cut by length or turns, not at a true end
     ended: torch.Tensor  # bool [B]: the last chosen span ended at its end token or stop string
+    agent: torch.Tensor | None = None  # int64 [B]: which agent's view the row is, where several learn
     observed: torch.Tensor | None = None  # bool: tokens of observations, where an algorithm learns to foretell them
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None

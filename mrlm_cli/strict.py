@@ -59,8 +59,10 @@ class DataSettings(Strict):
     """Times the training rows are gone through, in place of `steps`; the last step is filled from the next epoch."""
     max_tokens: Annotated[int, Field(ge=2, le=10_000_000)] | None = None
     """Longest row in tokens; by default, and at most, the model's context. A longer row is left out, and counted."""
-    validation_share: Annotated[float, Field(ge=0, le=0.9)] = 0.05
+    validation_share: Annotated[float, Field(ge=0, le=0.45)] = 0.05
     """Share of the prompts that is held out, chosen by a hash, where no held-out data is named; 0 evaluates nothing."""
+    test_share: Annotated[float, Field(ge=0, le=0.45)] | None = None
+    """Share of the prompts kept for `mrlm eval` alone; by default as many as `validation_share` says."""
     bad_rows: Literal["error", "exclude"] = "error"
     """A row that cannot be used ends the run before it begins, or is left out, counted and named."""
 

@@ -181,6 +181,49 @@ def test_a_reward_model_pays_the_episodes_of_an_environment(tmp_path: Path) -> N
         pass
 
 
+def test_a_changed_reward_model_is_noticed_on_resume(tmp_path: Path) -> None:
+    path = learnt(tmp_path, {"type": "reward_model"}, "scores", checkpoint={"every": 1, "keep": 9})
+    rewards = [{"type": "reward_model", "path": str(path), "name": "taste"}]
+    changes = {"sampling": {"tasks_per_step": 4}, "hardware": {"threads": 1, "device": "cpu", "worker_processes": 1}}
+    with trainer(tmp_path / "ppo", tiny(rewards=rewards, **changes)) as made:
+        made.save()
+        point = tmp_path / "ppo/checkpoints/step-000000"
+        made.load(point)
+    latest = path / "checkpoints/latest"
+    latest.unlink()
+    latest.symlink_to("step-000001")  # as if the reward model had been trained again
+    with (
+        trainer(tmp_path / "later", tiny(rewards=rewards, **changes)) as made,
+        pytest.raises(CheckpointError, match="the model of the reward taste has changed since"),
+    ):
+        made.load(point)
+
+
+def test_a_reward_model_with_a_critic_of_another_shape_stands_alone(tmp_path: Path) -> None:
+    """The critic began at another model, which is not needed once the reward model is saved."""
+    model = {"layers": 2, "hidden": 48, "heads": 4}
+    wide = learnt(tmp_path, {"type": "sft"}, "wide", model=model)
+    value = {"type": "separate", "path": str(wide), "head": "mlp"}
+    path = learnt(tmp_path, {"type": "reward_model"}, "scores", model={"value": value, "type": "scratch"})
+    with trainer(tmp_path / "again", recipe(tmp_path, {"type": "reward_model"}, model={"value": value})) as made:
+        load.load_weights(made.policy, path / "checkpoints/latest")
+        assert isinstance(made.source, DatasetSource)
+        episodes = made.source.episodes(0)
+        batch = collate(episodes, "cpu", pairs=True)
+        assert batch is not None
+        out = made.policy(batch.tokens, batch.lengths, batch.mask, temperature=1.0)
+        assert out.final_values is not None
+        expected = out.final_values.tolist()
+        transcripts = [one.transcript for one in episodes]
+    shutil.rmtree(wide)
+    assert Scorer(str(path)).score(transcripts) == pytest.approx(expected, abs=1e-5)
+    start = {"type": "pretrained", "path": str(path), "value": {**value, "path": str(path)}}
+    with trainer(tmp_path / "ppo", tiny(model=start, sampling={"tasks_per_step": 4})) as made:
+        out = made.policy(batch.tokens, batch.lengths, batch.mask, temperature=1.0)
+        assert out.final_values is not None
+        assert out.final_values.tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_reward_model_keeps_its_word(tmp_path: Path) -> None:
     path = str(learnt(tmp_path, {"type": "reward_model"}, "scores"))
     reward = RewardModel(RewardModel.Config(type="reward_model", path=path))

@@ -38,7 +38,7 @@ def test_an_oracles_conversations_are_rows_for_sft(
         assert said == {"role": "assistant", "content": "".join(sorted(asked["content"][5:8]))}
         assert row["components"]["exact"] == 1
     loaded = of(settings("data", type="jsonl", path="rows.jsonl"), ())
-    assert len(loaded.train) + len(loaded.validation) == 20
+    assert len(loaded.train) + len(loaded.validation) + len(loaded.test) == 20
     assert main(["collect", "scripted:oracle", *ENVIRONMENT, "--tasks", "3"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == found[:3]
 

@@ -172,12 +172,20 @@ def test_a_hub_dataset_is_asked_for_split_and_subset(tmp_path: Path, monkeypatch
     fake = ModuleType("datasets")
     fake.__dict__.update(SimpleNamespace(load_dataset=load_dataset).__dict__)
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    found = of(settings("data", type="hub", path="a/b", subset="c", validation_split="test"), ())
-    assert asked == [("a/b", "c", "train"), ("a/b", "c", "test")]
-    assert [said(group)[0][0] for group in (*found.train, *found.validation)] == [
+    found = of(settings("data", type="hub", path="a/b", subset="c", validation_split="v", test_split="t"), ())
+    assert asked == [("a/b", "c", "train"), ("a/b", "c", "v"), ("a/b", "c", "t")]
+    assert [said(group)[0][0] for group in (*found.train, *found.validation, *found.test)] == [
         ("user", "sort 1="),
         ("user", "sort 2="),
+        ("user", "sort 2="),
     ]
+    assert [group[0].task.split for group in (*found.train, *found.validation, *found.test)] == [
+        "train",
+        "validation",
+        "test",
+    ]
+    with pytest.raises(ValidationError, match="validation_share has no meaning beside validation_split"):
+        settings("data", type="hub", path="a/b", validation_split="v", validation_share=0.2)
 
 
 def test_the_split_is_a_function_of_the_prompt_alone(tmp_path: Path) -> None:
@@ -192,6 +200,16 @@ def test_the_split_is_a_function_of_the_prompt_alone(tmp_path: Path) -> None:
     twice = load(jsonl(tmp_path / "z.jsonl", [*rows, *other]), validation_share=0.2)
     assert {said(group)[0][0][1] for group in twice.validation} == held
     assert not held & {said(group)[0][0][1] for group in twice.train}
+    tested = {said(group)[0][0][1] for group in found.test}
+    assert 0.14 < len(tested) / 400 < 0.26
+    assert tested == {said(group)[0][0][1] for group in twice.test}
+    assert not tested & (held | {said(group)[0][0][1] for group in twice.train})
+    assert {group[0].task.split for group in found.test} == {"test"}
+    assert len(found.train) + len(found.validation) + len(found.test) == 400
+    uneven = load(tmp_path / "x.jsonl", validation_share=0.2, test_share=0.4)
+    assert tested < {said(group)[0][0][1] for group in uneven.test}
+    assert {said(group)[0][0][1] for group in uneven.validation} == held
+    assert load(tmp_path / "x.jsonl", validation_share=0.2, test_share=0.0).test == ()
     pairs = load(
         jsonl(tmp_path / "p.jsonl", [pair_row(f"{number:03}") for number in range(400)]),
         form="pairs",
@@ -202,10 +220,17 @@ def test_the_split_is_a_function_of_the_prompt_alone(tmp_path: Path) -> None:
 
 def test_few_rows_still_hold_one_out_and_a_file_of_its_own_holds_out_all(tmp_path: Path) -> None:
     path = chats(tmp_path / "x.jsonl", 5)
-    assert len(load(path, validation_share=0.001).validation) == 1
+    few = load(path, validation_share=0.001)
+    assert (len(few.train), len(few.validation), len(few.test)) == (3, 1, 1)
+    two = load(chats(tmp_path / "two.jsonl", 2))
+    assert (len(two.train), len(two.validation), len(two.test)) == (1, 1, 0)
     assert len(load(path, validation_share=0).train) == 5
     apart = load(path, validation_path=str(chats(tmp_path / "y.jsonl", 3)))
-    assert (len(apart.train), len(apart.validation)) == (5, 3)
+    assert (len(apart.train), len(apart.validation), len(apart.test)) == (5, 3, 0)
+    apart = load(path, validation_path=str(tmp_path / "y.jsonl"), test_share=0.001)
+    assert (len(apart.train), len(apart.validation), len(apart.test)) == (4, 3, 1)
+    apart = load(path, test_path=str(tmp_path / "y.jsonl"))
+    assert (len(apart.train), len(apart.validation), len(apart.test)) == (4, 1, 3)
     with pytest.raises(UserError, match="same prompt"):
         load(jsonl(tmp_path / "z.jsonl", [chat_row("1")] * 3))
 

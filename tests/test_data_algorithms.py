@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from mrlm_cli import formulas
+from mrlm_cli.algorithms.pairs import pairs
 from mrlm_cli.records import Batch, PolicyOut, Progress
 from mrlm_cli.training.collate import collate
 from mrlm_cli.training.held_out import ratio
@@ -277,6 +279,32 @@ def test_online_dpo_ranks_the_episodes_of_a_task_by_their_reward(tmp_path: Path)
     assert row["pair_margin"] == pytest.approx(0, abs=1e-5)
     assert row["sampler_gap_max"] < 1e-4
     assert row["tied_rate"] == pytest.approx(1 - len(paired) / 6)
+
+
+def test_answers_to_different_prompts_are_no_pair(tmp_path: Path) -> None:
+    """An environment may ask one task in several ways; a preference is between two answers to one question."""
+    sampling = {"tasks_per_step": 6, "episodes_per_task": 4, "max_new_tokens": 5}
+    with trainer(tmp_path / "run", tiny(algorithm={"type": "dpo"}, sampling=sampling)) as made:
+        sampled = made.source.episodes(0)
+        asked = [  # the second half of each group saw another first token
+            replace(one, tokens=(1 + one.tokens[0], *one.tokens[1:])) if one.sample > 1 else one for one in sampled
+        ]
+        batch = collate(asked, "cpu", pairs=True)
+        assert batch is not None
+        batch, sums = made.algorithm.credit(batch, START)
+        preferred, other = pairs(batch)
+        assert len(preferred) > 2, "the test needs pairs"
+        assert torch.equal(batch.tokens[preferred, 0], batch.tokens[other, 0])
+        assert torch.equal(batch.group[preferred], batch.group[other])
+        assert sums.means()["tied_rate"] == pytest.approx(1 - len(preferred) / 12)
+        assert sums.means()["lone_episodes"] == 0
+        alone = [replace(one, tokens=(2 + one.sample, *one.tokens[1:])) for one in sampled]
+        batch = collate(alone, "cpu", pairs=True)
+        assert batch is not None
+        batch, sums = made.algorithm.credit(batch, START)
+        assert float(batch.mass.sum()) == 0
+        assert sums.means()["lone_episodes"] == 24
+        assert "tied_rate" not in sums.means()
 
 
 def test_ratio_resamples_units() -> None:

@@ -114,6 +114,25 @@ def test_masked_statistics_and_whitening(seed):
     assert explained == pytest.approx(1 - unexplained / std**2)
 
 
+def test_whitening_within_kinds_is_whitening_of_each():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    mask = torch.rand(6, 5, generator=generator) < 0.7
+    mask[5] = False
+    kind = torch.tensor([0, 3, 0, 3, 0, 9])
+    for keep_mean in (False, True):
+        whole, std, centred = advantages.whiten(x, mask, keep_mean, kind)
+        for each in (0, 3):
+            rows = kind == each
+            alone, _, _ = advantages.whiten(x[rows], mask[rows], keep_mean)
+            torch.testing.assert_close(whole[rows], alone)
+        assert not whole[5].any()
+        assert std == advantages.masked_std(x, mask)
+        assert not centred
+    assert advantages.whiten(x.masked_fill((kind == 3)[:, None], 2.0), mask, kind=kind)[2], "one kind has no spread"
+    assert not advantages.whiten(x, mask & False, kind=kind)[0].any()
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_whitening_without_spread_only_centres(count):
     mask = torch.zeros(2, 4, dtype=torch.bool)

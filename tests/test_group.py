@@ -98,6 +98,33 @@ def test_an_episode_without_siblings_has_advantage_zero_and_is_counted(baseline,
     assert measured["lone_episodes"] == 1
 
 
+def two_agents(scores, agents, **settings):
+    """Advantages of episodes of one chosen token each, of two agents."""
+    rows = len(scores)
+    mask = torch.tensor([[False, True]] * rows)
+    batch = make_batch(rows=rows, width=2).replace(
+        mask=mask,
+        rewards=torch.tensor(scores, dtype=torch.float64)[:, None] * mask,
+        old_logprobs=torch.zeros(rows, 2, dtype=torch.float64),
+        group=torch.arange(rows) // 2,
+        truncated=torch.zeros(rows, dtype=torch.bool),
+        agent=torch.tensor(agents),
+    )
+    return group(**{"type": "group", **settings}).credit(batch, START)[0].advantages[:, 1].tolist()
+
+
+def test_opposing_roles_share_no_batch_statistics():
+    """Mirrored roles: over all rows their mean is 0, which would be no baseline for either of them."""
+    scores, agents = [3.0, -3.0, 1.0, -1.0, 2.0, -2.0], [0, 1, 0, 1, 0, 1]
+    assert two_agents(scores, agents, baseline="batch") == pytest.approx([1, -1, -1, 1, 0, 0])
+    assert two_agents(scores, agents, baseline="batch", scale="batch", scale_eps=1e-9) == pytest.approx(
+        [1, -1, -1, 1, 0, 0]
+    )
+    assert two_agents(scores, agents, baseline="none", whiten=True) == pytest.approx([1, -1, -1, 1, 0, 0])
+    same = two_agents(scores, [4] * 6, baseline="batch", whiten=True)
+    assert same == pytest.approx(scored(scores, [0, 0, 1, 1, 2, 2], baseline="batch", whiten=True)[0])
+
+
 def test_flat_groups_are_measured():
     _, measured = scored([1.0, 1.0, 1.0, 0.0, 5.0], [0, 0, 1, 1, 2])
     assert measured["flat_rate"] == 0.5
@@ -235,6 +262,7 @@ def test_foreign_state_is_refused():
         ({"type": "cispo", "dual_clip": 3.0}, "dual_clip"),
         ({"type": "group", "clip": None, "dual_clip": 3.0}, "dual_clip"),
         ({"type": "group", "scale_eps": 0.0}, "scale_eps"),
+        ({"type": "rloo", "scale_eps": 1e-3}, "scale_eps has no meaning with scale none"),
         ({"type": "group", "overlong": {"limit": 5, "buffer": 6}}, "at most limit = 5"),
         ({"type": "group", "kl": {"coef": 0.1, "form": "k1"}}, "form"),
         ({"type": "group", "kl": {"sync": {"every": 1}}}, "coef above 0"),

@@ -94,6 +94,8 @@ TABLE = [
     ("infinity", changed("1e-3", "-.inf"), "12:7 optimizer.lr", "expected a finite number"),
     ("overflow", changed("1e-3", "1e999"), "12:7 optimizer.lr", "expected a finite number"),
     ("below range", changed("steps: 10", "steps: 0"), "2:8 steps", "got 0; expected a number of at least 1"),
+    ("refills of nothing", changed("tasks_per_step: 8", "refills: 2"), "7:12 sampling.refills", "leaves no task out"),
+    ("gradient of no trunk", changed("hidden: 32", "hidden: 32, value: {type: separate, trunk_gradient: 0.5}"), "3:54 model.value", "trunk_gradient is for type shared only"),
     ("above range", changed("1e-3", "7"), "12:7 optimizer.lr", "got 7; expected a number of at most 1"),
     ("not above", changed("1e-3", "0"), "12:7 optimizer.lr", "got 0; expected a number above 0"),
     ("negative seed", GOOD + "seed: -1\n", "14:7 seed", "of at least 0"),

@@ -30,7 +30,11 @@ def test_the_quickstarts_numbers() -> None:
 
 
 def test_groups_that_may_be_refilled_count_as_often_as_they_may_be_sampled() -> None:
-    for overrides, times in (([], 3), (["sampling.refills=0"], 1), (["algorithm.filter_flat=false"], 1)):
+    for overrides, times in (
+        ([], 3),
+        (["sampling.refills=0"], 1),
+        (["algorithm.filter_flat=false", "sampling.refills=4"], 1),
+    ):
         derived = derive(compose.load("group_smoke", overrides).recipe)
         assert derived.episodes_per_step == 12 * 4
         assert derived.tokens_per_step_at_most == 12 * 4 * 64 * times

@@ -26,7 +26,7 @@ class Needs:
     logprobs: bool = True  # the LM head in the update
     entropy: bool = True  # entropies in the update
     observed: bool = False  # log-probs of observations too
-    pairs: bool = False  # a unit is all episodes of one group, among them a preferred one; else it is one episode
+    pairs: bool = False  # a unit is the episodes of a group that saw the same prompt; else it is one episode
 
 
 class Algorithm(Protocol):

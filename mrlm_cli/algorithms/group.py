@@ -2,8 +2,9 @@
 
 An episode's score is the sum of its rewards, less an overlong penalty, less β·Σ k1 where `kl.form` is score. The
 advantage is (score − baseline) / (scale + eps), the same at every chosen token, less β times the k1 still to come
-where `kl.form` is reward; then, if asked for, whitened over all chosen tokens of the step. A scale below 1e-6 divides
-nothing. Failed episodes are in no baseline; one that has nobody to be compared with has advantage 0 and is counted.
+where `kl.form` is reward; then, if asked for, whitened over all chosen tokens of the step. Where several agents learn,
+what is of the step is of each agent's part of it: opposing roles share no baseline. A scale below 1e-6 divides nothing.
+Failed episodes are in no baseline; one that has nobody to be compared with has advantage 0 and is counted.
 
 Each variant changes defaults only and says which equations it stands for. Left out of all: several turns are not
 credited apart (the score is the whole episode's), rewards are not discounted, and log-ratios are clamped to ±20.
@@ -68,14 +69,15 @@ class Group:
         penalties = self._kl_penalties(batch, active, sums)  # [B,T]
         if config.kl.form == "score":
             scores = scores - penalties.sum(1)
-        advantages, compared = self._compared(scores, batch.group, included, sums)
+        everyone = batch.group.new_zeros(batch.group.shape) if batch.agent is None else batch.agent
+        advantages, compared = self._compared(scores, batch.group, everyone, included, sums)
         tokens = batch.mask & compared[:, None]
         per_token = advantages[:, None].masked_fill(~tokens, 0)
         if config.kl.form == "reward":
             per_token = per_token - formulas.advantages.reward_to_go(penalties, tokens)
         sums.add("advantage_std", formulas.advantages.masked_std(per_token, tokens))
         if config.whiten and bool(tokens.any()):
-            per_token, _, centred = formulas.advantages.whiten(per_token, tokens)
+            per_token, _, centred = formulas.advantages.whiten(per_token, tokens, kind=batch.agent)
             sums.add("advantage_centred", centred.double())
         sums.add("entropy_coef", config.entropy.at(progress))
         if config.importance is not None:
@@ -151,10 +153,14 @@ class Group:
         sums.add("kl_coef", self.config.kl.coef)
         return self.config.kl.coef * k1
 
-    def _compared(self, scores: Tensor, group: Tensor, included: Tensor, sums: Sums) -> tuple[Tensor, Tensor]:
-        """Advantages [B] and which rows have one: not those that a baseline has nobody to compare with."""
+    def _compared(
+        self, scores: Tensor, group: Tensor, everyone: Tensor, included: Tensor, sums: Sums
+    ) -> tuple[Tensor, Tensor]:
+        """Advantages [B] and which rows have one: not those that a baseline has nobody to compare with.
+
+        `everyone` groups the step: all rows, or those of each agent, as opposing roles share no baseline.
+        """
         config, groups = self.config, formulas.groups
-        everyone = group.new_zeros(group.shape)
         siblings = groups.size(group, included)
         flat = included & (siblings > 1) & (groups.std(scores, group, included) < FLAT)
         sums.add("flat_rate", flat.sum(), (included & (siblings > 1)).sum())

@@ -42,13 +42,14 @@ class GroupSettings(AlgorithmSettings):
     """Policy gradients without a value function."""
 
     baseline: Literal["group", "leave_one_out", "batch", "none"] = "group"
-    """Subtracted from an episode's score: the mean of its task's episodes, of the others of them, or of the step's."""
+    """Subtracted from an episode's score: the mean of its task's episodes, of the others of them, or of the step's (of
+    the same agent)."""
     scale: Literal["none", "group", "batch"] = "none"
     """Divides the difference by the standard deviation (n − 1) of the scores of the task's or the step's episodes."""
     scale_eps: Annotated[float, Field(gt=0, le=1)] = 1e-4
     """Added to that standard deviation; scores that do not differ, by 1e-6 at least, are not divided at all."""
     whiten: bool = False
-    """Give the advantages of all chosen tokens of the step mean 0 and standard deviation 1, after everything else."""
+    """Give the advantages of all chosen tokens of the step (of an agent) mean 0 and deviation 1, after all else."""
     ratio: Literal["token", "sequence_mean", "sequence_sum"] = "token"
     """π/π_old of each token, of the whole episode to the power 1/tokens, or of the whole episode."""
     objective: Literal["clip", "cispo"] = "clip"
@@ -83,6 +84,8 @@ class GroupSettings(AlgorithmSettings):
                 "aggregation constant and constant_length belong together; "
                 "give constant_length the most tokens that an episode may choose, such as sampling.max_new_tokens"
             )
+        if self.scale == "none" and self.scale_eps != type(self).model_fields["scale_eps"].default:
+            raise ValueError("scale_eps has no meaning with scale none, which divides nothing")
         if self.dual_clip is not None and (self.clip is None or self.objective == "cispo"):
             raise ValueError("dual_clip has no meaning without the objective clip and its bounds")
         if self.objective == "cispo" and self.clip is None:

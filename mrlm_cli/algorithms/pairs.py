@@ -35,9 +35,11 @@ def weighed(batch: Batch) -> tuple[Batch, Sums]:
     preferred, other = pairs(batch)
     counted = batch.mass.new_zeros(len(batch.mass))
     counted[preferred] = counted[other] = 1.0
-    units = len(batch.unit.unique())
+    rows = batch.unit.unique(return_counts=True)[1]
+    alone, units = (rows < 2).sum(), (rows > 1).sum()
     sums = Sums()
     sums.add("tied_rate", units - len(preferred), units)
+    sums.add("lone_episodes", alone)
     weights = batch.mask.to(counted.dtype) * counted[:, None]
     return batch.replace(weights=weights, mass=counted.index_fill(0, other, 0.0)), sums
 

@@ -79,9 +79,9 @@ class PPO:
         kl: KL = KL()
         """Penalty on the distance from the reference, which is the policy as loaded."""
         whiten_advantages: bool = True
-        """Give the step's advantages mean 0 and standard deviation 1, so that the reward's scale does not matter."""
+        """Give each agent's advantages of the step mean 0 and deviation 1: the reward's scale does not matter."""
         whiten_rewards: bool = False
-        """Bring the per-token rewards, KL included, to standard deviation 1 around their own mean."""
+        """Bring each agent's per-token rewards, KL included, to standard deviation 1 around their own mean."""
         reward_clip: Pair | None = None
         """Bounds of each turn's reward, as [low, high] with low ≤ 0 ≤ high; null does not clip."""
         reward_scale: bool = False
@@ -152,7 +152,7 @@ class PPO:
         self._measure(batch, returns, active, progress, sums)
         std = formulas.advantages.masked_std(advantages, active)
         if config.whiten_advantages:
-            advantages, std, centred = formulas.advantages.whiten(advantages, active)
+            advantages, std, centred = formulas.advantages.whiten(advantages, active, kind=batch.agent)
             sums.add("advantage_centred", centred.double())
         sums.add("advantage_std", std)
         return batch.replace(advantages=advantages, returns=returns, weights=weights, mass=mass), sums
@@ -256,7 +256,7 @@ class PPO:
         if self.needs.reference:
             rewards = self._penalised(rewards, batch, active, progress, sums)
         if config.whiten_rewards:
-            rewards, _, _ = formulas.advantages.whiten(rewards, active, keep_mean=True)
+            rewards, _, _ = formulas.advantages.whiten(rewards, active, keep_mean=True, kind=batch.agent)
         return rewards
 
     def _penalised(self, rewards: Tensor, batch: Batch, active: Tensor, progress: Progress, sums: Sums) -> Tensor:

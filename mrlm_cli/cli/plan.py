@@ -47,7 +47,7 @@ def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:
     steps = recipe.steps
     if recipe.data is not None:
         loaded = api.load_data(composed)
-        names = f"{len(loaded.train)} rows of data ({len(loaded.validation)} held out)"
+        names = f"{len(loaded.train)} rows of data ({len(loaded.validation)} held out, {len(loaded.test)} for the test)"
         if recipe.data.epochs is not None:
             steps = loaded.steps(recipe.data.epochs, recipe.data.rows_per_step)
         print("".join(f"{note}\n" for note in loaded.notes()), end="")

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from mrlm_cli.errors import MrlmError
-from mrlm_cli.records import Transcript
+from mrlm_cli.records import Split, Transcript
 from mrlm_cli.strict import DataSettings as DataSettings
 from mrlm_cli.strict import Strict
 
 LABEL = "data"  # the environment's name in the tasks and episodes of a dataset
 AGENT = "policy"
 PREFERRED = "preferred"
+HELD_OUT: tuple[Split, ...] = ("validation", "test")
 
 Group = tuple[Transcript, ...]
 
@@ -72,13 +75,33 @@ class RowSettings(DataSettings):
         return self.form == "pairs"
 
 
+def check_shares(config: DataSettings, **named: str | None) -> None:
+    """Refuse a share beside what takes its place: `named` are the settings `validation_…` and `test_…`.
+
+    Raises ValueError naming both.
+    """
+    for name, value in named.items():
+        share = f"{name.partition('_')[0]}_share"
+        if value is not None and getattr(config, share) != type(config).model_fields[share].default:
+            raise ValueError(
+                f"{share} has no meaning beside {name}, which names what is held out; leave one of them out"
+            )
+
+
 class FileSettings(RowSettings):
     """The settings of a dataset in a file."""
 
     path: str
     """File of the training rows, looked up beside the recipe and then in the working directory."""
     validation_path: str | None = None
-    """File of held-out rows; by default a share of the training rows is held out."""
+    """File of held-out rows for evaluations of the run; by default a share of the training rows is held out."""
+    test_path: str | None = None
+    """File of held-out rows for `mrlm eval`; by default a share of the training rows, unless validation_path is set."""
+
+    @model_validator(mode="after")
+    def _shares_or_files(self) -> FileSettings:
+        check_shares(self, validation_path=self.validation_path, test_path=self.test_path)
+        return self
 
 
 class Dataset(ABC):
@@ -94,21 +117,21 @@ class Dataset(ABC):
 
     @property
     @abstractmethod
-    def apart(self) -> bool:
-        """Whether held-out rows are data of their own, not a share of the training rows."""
+    def apart(self) -> tuple[Split, ...]:
+        """The held-out splits that are data of their own; the others are shares of the training rows."""
 
     @abstractmethod
-    def rows(self, held_out: bool) -> Iterator[Row]:
-        """The rows in their order; those held out only where they are `apart`.
+    def rows(self, split: Split) -> Iterator[Row]:
+        """The rows in their order, of the training split or of one that is `apart`.
 
         Raises UserError where the file is not there or is none of its kind, MissingExtra where a package is needed.
         """
 
-    def group(self, row: Row, index: int, held_out: bool) -> Group:
+    def group(self, row: Row, index: int, split: Split) -> Group:
         """The row's transcripts, by the form and the columns of the settings. Raises BadRow."""
         from mrlm_cli.data import forms
 
-        return forms.group(row, self.config, index, held_out)
+        return forms.group(row, self.config, index, split)
 
 
 class FileDataset(Dataset):
@@ -120,13 +143,18 @@ class FileDataset(Dataset):
     config: Config
 
     @property
-    def apart(self) -> bool:
-        """Whether a file of held-out rows is named."""
-        return self.config.validation_path is not None
+    def apart(self) -> tuple[Split, ...]:
+        """The splits for which a file is named."""
+        return tuple(split for split in HELD_OUT if self._files[split] is not None)
 
-    def rows(self, held_out: bool) -> Iterator[Row]:
+    @property
+    def _files(self) -> dict[Split, str | None]:
+        config = self.config
+        return {"train": config.path, "validation": config.validation_path, "test": config.test_path}
+
+    def rows(self, split: Split) -> Iterator[Row]:
         """See Dataset."""
-        path = self.config.validation_path if held_out else self.config.path
+        path = self._files[split]
         assert path is not None
         yield from self.read(Path(path).expanduser())
 

@@ -16,6 +16,7 @@ from mrlm_cli.data import forms
 from mrlm_cli.data.base import BadRow, Dataset, DataSettings, Group, NotWanted, Row
 from mrlm_cli.data.jsonl import content, parsed
 from mrlm_cli.errors import UserError
+from mrlm_cli.records import Split
 
 
 class Episodes(Dataset):
@@ -45,11 +46,11 @@ class Episodes(Dataset):
         self._components: set[str] = set()  # of the episodes so far
 
     @property
-    def apart(self) -> bool:
-        """A share is always held out."""
-        return False
+    def apart(self) -> tuple[Split, ...]:
+        """None: shares are held out."""
+        return ()
 
-    def rows(self, held_out: bool) -> Iterator[Row]:
+    def rows(self, split: Split) -> Iterator[Row]:
         """See Dataset."""
         path = Path(self.config.path).expanduser()
         files = sorted((path / "episodes").glob("step-*.jsonl")) if path.is_dir() else [path]
@@ -63,7 +64,7 @@ class Episodes(Dataset):
         if component is not None and there and component not in there:
             raise UserError(f"{path}: no episode has a reward component {component}; there are: {', '.join(there)}")
 
-    def group(self, row: Row, index: int, held_out: bool) -> Group:
+    def group(self, row: Row, index: int, split: Split) -> Group:
         """See Dataset."""
         if isinstance(row.fields, BadRow):
             raise row.fields
@@ -79,7 +80,7 @@ class Episodes(Dataset):
         except (KeyError, TypeError, ValueError) as error:
             raise BadRow("the row is no stored episode", f"{type(error).__name__}: {error}") from error
         messages = [forms.message(item, "transcript") for item in view]
-        return (forms.transcript(row.place, messages, forms.before(messages), index, held_out),)
+        return (forms.transcript(row.place, messages, forms.before(messages), index, split),)
 
     def _reward(self, fields: Mapping[str, Any]) -> float:
         component = self.config.component

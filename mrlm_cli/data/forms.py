@@ -6,25 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mrlm_cli.data.base import AGENT, LABEL, PREFERRED, BadRow, Group, Row, RowSettings
-from mrlm_cli.records import Message, Task, Transcript
+from mrlm_cli.records import Message, Split, Task, Transcript
 
 ROLES = ("system", "user", "assistant", "tool")
 _FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id"}
 
 
-def group(row: Row, config: RowSettings, index: int, held_out: bool) -> Group:
+def group(row: Row, config: RowSettings, index: int, split: Split) -> Group:
     """One transcript of forms chat and completion, two of form pairs, the preferred first. Raises BadRow."""
     if isinstance(row.fields, BadRow):
         raise row.fields
     fields, columns = row.fields, config.columns
     if config.form == "chat":
         messages = _messages(_column(fields, columns.messages), columns.messages)
-        return (transcript(row.place, messages, before(messages), index, held_out),)
+        return (transcript(row.place, messages, before(messages), index, split),)
     if config.form == "completion":
         prompt = _side(_column(fields, columns.prompt), columns.prompt, "user")
         reply = _side(_column(fields, columns.completion), columns.completion, "assistant")
         _begins_with_reply(reply, columns.completion)
-        return (transcript(row.place, [*prompt, *reply], len(prompt), index, held_out),)
+        return (transcript(row.place, [*prompt, *reply], len(prompt), index, split),)
     chosen = _side(_column(fields, columns.chosen), columns.chosen, "assistant")
     rejected = _side(_column(fields, columns.rejected), columns.rejected, "assistant")
     if chosen == rejected:
@@ -43,7 +43,7 @@ def group(row: Row, config: RowSettings, index: int, held_out: bool) -> Group:
     if not prompt and fields.get(columns.prompt) is None:
         raise BadRow(f"column {columns.prompt} is missing", "the two sides share no beginning either")
     return tuple(
-        transcript(row.place, [*prompt, *side], len(prompt), index, held_out, sample, (PREFERRED, 1.0 - sample))
+        transcript(row.place, [*prompt, *side], len(prompt), index, split, sample, (PREFERRED, 1.0 - sample))
         for sample, side in enumerate((chosen, rejected))
     )
 
@@ -53,12 +53,12 @@ def transcript(
     messages: Sequence[Message],
     given: int,
     index: int,
-    held_out: bool,
+    split: Split,
     sample: int = 0,
     reward: tuple[str, float] | None = None,
 ) -> Transcript:
     """A finished session of which the first `given` messages are the prompt."""
-    task = Task(str(index), LABEL, "validation" if held_out else "train", index, {"place": place, "given": given})
+    task = Task(str(index), LABEL, split, index, {"place": place, "given": given})
     replies = sum(message.role == "assistant" for message in messages[given:])
     rewards = () if reward is None else ((AGENT, replies - 1, *reward),)
     return Transcript(task, sample, {AGENT: tuple(messages)}, rewards, {}, "done")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mrlm_cli.data.base import Dataset, Row, RowSettings
+from pydantic import model_validator
+
+from mrlm_cli.data.base import HELD_OUT, Dataset, Row, RowSettings, check_shares
 from mrlm_cli.errors import MissingExtra, UserError
+from mrlm_cli.records import Split
 
 
 class Hub(Dataset):
@@ -21,27 +24,39 @@ class Hub(Dataset):
         split: str = "train"
         """Split that is trained on."""
         validation_split: str | None = None
-        """Split that is held out; by default a share of the training rows."""
+        """Split that is held out for evaluations of the run; by default a share of the training rows."""
+        test_split: str | None = None
+        """Split that is held out for `mrlm eval`; by default a share of the training rows, as with files."""
+
+        @model_validator(mode="after")
+        def _shares_or_splits(self) -> Hub.Config:
+            check_shares(self, validation_split=self.validation_split, test_split=self.test_split)
+            return self
 
     config: Config
 
     @property
-    def apart(self) -> bool:
-        """Whether a split is named for the held-out rows."""
-        return self.config.validation_split is not None
+    def apart(self) -> tuple[Split, ...]:
+        """The splits for which one of the dataset's is named."""
+        return tuple(split for split in HELD_OUT if self._splits[split] is not None)
 
-    def rows(self, held_out: bool) -> Iterator[Row]:
+    @property
+    def _splits(self) -> dict[Split, str | None]:
+        config = self.config
+        return {"train": config.split, "validation": config.validation_split, "test": config.test_split}
+
+    def rows(self, split: Split) -> Iterator[Row]:
         """See Dataset."""
         try:
             import datasets
         except ImportError as error:
             raise MissingExtra("reading a dataset of the hub", "hub") from error
         config = self.config
-        split = config.validation_split if held_out else config.split
+        name = self._splits[split]
         try:
-            table = datasets.load_dataset(config.path, config.subset, split=split)
+            table = datasets.load_dataset(config.path, config.subset, split=name)
         except Exception as error:  # a border: network, file system, unknown names and formats each raise their own
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise UserError(f"the dataset {config.path} (split {split}) cannot be read: {reason}") from error
+            raise UserError(f"the dataset {config.path} (split {name}) cannot be read: {reason}") from error
         for number, fields in enumerate(table):
-            yield Row(f"{config.path}/{split}[{number}]", fields)
+            yield Row(f"{config.path}/{name}[{number}]", fields)

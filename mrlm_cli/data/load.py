@@ -10,9 +10,10 @@ from math import ceil
 from pathlib import Path
 
 from mrlm_cli import registry
-from mrlm_cli.data.base import AGENT, BadRow, Dataset, DataSettings, Group, NotWanted, Row
+from mrlm_cli.data.base import AGENT, HELD_OUT, BadRow, Dataset, DataSettings, Group, NotWanted, Row
 from mrlm_cli.draws import draw_key
 from mrlm_cli.errors import UserError
+from mrlm_cli.records import Split
 
 _SHOWN = 5  # bad rows that a message names
 
@@ -23,6 +24,7 @@ class Loaded:
 
     train: tuple[Group, ...]
     validation: tuple[Group, ...]
+    test: tuple[Group, ...]
     left_out: Mapping[str, tuple[str, ...]]
     sha256: str
 
@@ -45,33 +47,34 @@ def load(dataset: Dataset) -> Loaded:
     """Read everything. Raises UserError if a row is bad (unless bad rows are excluded) or none is left."""
     config = dataset.config
     left_out: dict[str, list[str]] = {}
-    train = _groups(dataset, False, left_out)
+    train = _groups(dataset, "train", left_out)
     if not train:
         why = "; ".join(f"{reason}: {_some(places)}" for reason, places in left_out.items())
         raise UserError(f"the dataset of type {config.type} holds no usable row{f' ({why})' if why else ''}")
-    if dataset.apart:
-        validation = _groups(dataset, True, left_out)
-        if not validation:
-            raise UserError("the held-out data holds no usable row")
-    else:
-        held_out = _held_out([_prompt(group) for group in train], config.validation_share)
-        validation = [_as_held_out(group) for group in train if _prompt(group) in held_out]
-        train = [group for group in train if _prompt(group) not in held_out]
-        if not train:
-            raise UserError("all rows have the same prompt, so none can be held out; set data.validation_share: 0")
+    held: dict[Split, list[Group]] = {}
+    for split in dataset.apart:
+        held[split] = _groups(dataset, split, left_out)
+        if not held[split]:
+            raise UserError(f"the held-out data ({split}) holds no usable row")
+    for split, prompts in _held_out([_prompt(group) for group in train], _shares(dataset)).items():
+        held[split] = [_moved(group, split) for group in train if _prompt(group) in prompts]
+        train = [group for group in train if _prompt(group) not in prompts]
+    if not train:
+        raise UserError("all rows have the same prompt, so none can be held out; set data.validation_share: 0")
+    validation, test = held.get("validation", []), held.get("test", [])
     digest = hashlib.sha256()
-    for group in (*train, *validation):
+    for group in (*train, *validation, *test):
         digest.update(json.dumps([_canonical(group)]).encode())
     places = {reason: tuple(found) for reason, found in left_out.items()}
-    return Loaded(tuple(train), tuple(validation), places, digest.hexdigest())
+    return Loaded(tuple(train), tuple(validation), tuple(test), places, digest.hexdigest())
 
 
-def _groups(dataset: Dataset, held_out: bool, left_out: dict[str, list[str]]) -> list[Group]:
+def _groups(dataset: Dataset, split: Split, left_out: dict[str, list[str]]) -> list[Group]:
     groups: list[Group] = []
     bad: list[tuple[Row, BadRow]] = []
-    for row in dataset.rows(held_out):
+    for row in dataset.rows(split):
         try:
-            groups.append(dataset.group(row, len(groups), held_out))
+            groups.append(dataset.group(row, len(groups), split))
         except NotWanted as error:
             left_out.setdefault(error.reason, []).append(row.place)
         except BadRow as error:
@@ -86,21 +89,41 @@ def _groups(dataset: Dataset, held_out: bool, left_out: dict[str, list[str]]) ->
     return groups
 
 
-def _held_out(prompts: list[str], share: float) -> set[str]:
-    """The prompts whose hash lies below the share; the one of the smallest hash if none does.
+def _shares(dataset: Dataset) -> dict[Split, float]:
+    """The held-out splits that come out of the training rows, and how much of them."""
+    config = dataset.config
+    if config.test_share is not None:
+        test = config.test_share
+    else:  # whoever brings held-out rows decides what is trained on
+        test = 0.0 if "validation" in dataset.apart else config.validation_share
+    shares: dict[Split, float] = {"validation": config.validation_share, "test": test}
+    return {split: shares[split] for split in HELD_OUT if split not in dataset.apart}
 
-    The hash is of the prompt alone, whatever the run's seed: equal prompts lie on one side, and the runs of a chain
+
+def _held_out(prompts: list[str], shares: Mapping[Split, float]) -> dict[Split, set[str]]:
+    """The prompts of each split: for validation those of the smallest hashes, for test those of the largest.
+
+    Where no hash lies within the share the one nearest to it is taken; for test only if a prompt is left besides. The
+    hash is of the prompt alone, whatever the run's seed: equal prompts lie on one side, and the runs of a chain
     (supervised, reward model, policy) hold out the same.
     """
-    if share == 0:
-        return set()
-    keys = {prompt: draw_key("held out", prompt) for prompt in prompts}
-    below = {prompt for prompt, key in keys.items() if int.from_bytes(key, "little") < share * 2**128}
-    return below or {min(keys, key=lambda prompt: keys[prompt])}
+    keys = {prompt: int.from_bytes(draw_key("held out", prompt), "little") for prompt in prompts}
+    found: dict[Split, set[str]] = {}
+    for split, share in shares.items():
+        left = {prompt: key for prompt, key in keys.items() if not any(prompt in each for each in found.values())}
+        found[split] = set()
+        if share > 0 and split == "validation":
+            found[split] = {prompt for prompt, key in left.items() if key < share * 2**128} or {
+                min(left, key=lambda each: left[each])
+            }
+        elif share > 0 and len(left) > 1:
+            found[split] = {prompt for prompt, key in left.items() if key >= (1 - share) * 2**128}
+            found[split] = found[split] or {max(left, key=lambda each: left[each])}
+    return found
 
 
-def _as_held_out(group: Group) -> Group:
-    return tuple(replace(each, task=replace(each.task, split="validation")) for each in group)
+def _moved(group: Group, split: Split) -> Group:
+    return tuple(replace(each, task=replace(each.task, split=split)) for each in group)
 
 
 def _prompt(group: Group) -> str:

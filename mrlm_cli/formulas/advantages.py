@@ -64,13 +64,20 @@ def masked_std(x: Tensor, mask: Tensor) -> Tensor:
     return (deviation.square().sum() / (mask.sum() - 1).clamp(min=1)).sqrt()
 
 
-def whiten(x: Tensor, mask: Tensor, keep_mean: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """(x − mean) / std over the masked entries, plus the mean again with `keep_mean`.
+def whiten(
+    x: Tensor, mask: Tensor, keep_mean: bool = False, kind: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x − mean) / std over the masked entries, plus the mean again with `keep_mean`; with `kind`, within each kind.
 
-    x [B,T], mask bool [B,T] -> whitened [B,T] (zero where not masked), std [] before, centred bool []: True if the std
-    was below 1e-6, in which case only the mean is subtracted (and added again with `keep_mean`).
+    x [B,T], mask bool [B,T], kind int64 [B] -> whitened [B,T] (zero where not masked), std [] of all before, centred
+    bool []: True if a std was below 1e-6, in which case only the mean is subtracted (and added again with `keep_mean`).
     """
     assert x.ndim == mask.ndim == 2
+    if kind is not None and mask.any():
+        kinds = kind[mask.any(1)].unique()
+        parts = [whiten(x, mask & (kind == each)[:, None], keep_mean) for each in kinds]
+        whole = torch.stack([part for part, _, _ in parts]).sum(0)  # each is zero outside its own rows
+        return whole, masked_std(x, mask), torch.stack([centred for _, _, centred in parts]).any()
     mean, std = masked_mean(x, mask), masked_std(x, mask)
     centred = std < DEGENERATE_STD
     # Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", the code's whiten(shift_mean).

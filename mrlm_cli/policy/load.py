@@ -2,6 +2,7 @@
 
 directory/policy/             config, weights in safetensors, tokenizer: loads in plain transformers
 directory/value.safetensors   the value head, or the critic whole; absent without a value function
+directory/critic/             the configuration of a critic's trunk, which may be another than the policy's
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mrlm_cli.recipe.sections import ModelSection, ScratchModel, Value
 __all__ = ["build", "fingerprint", "load_weights", "model_directory", "reference", "save"]
 
 VALUE_FILE = "value.safetensors"
+CRITIC = "critic"
 
 
 def build(
@@ -63,6 +65,9 @@ def save(policy: Policy, tokenizer: Any, directory: Path) -> None:
         if policy.value is not None:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.value.named_parameters()}
             save_file(tensors, directory / VALUE_FILE)
+        if isinstance(policy.value, Critic):
+            config: Any = policy.value.trunk.config
+            config.save_pretrained(directory / CRITIC)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write the policy to {directory}: {error}") from error
 
@@ -115,16 +120,20 @@ def _value(section: Value, lm: Any, width: int, seed: int) -> ValueHead | Critic
     if section.path is None:
         trunk = copy.deepcopy(lm.base_model)
         return Critic(trunk, head)
-    critic_lm, _ = pretrained.read(section.path)
+    place = Path(section.path).expanduser()
+    home = model_directory(place).parent if place.is_dir() else place
+    if (home / CRITIC / "config.json").is_file():
+        critic_lm = pretrained.untrained(home / CRITIC)  # the weights are in the file of values
+    else:
+        critic_lm, _ = pretrained.read(section.path)
     critic_width = int(critic_lm.get_input_embeddings().weight.shape[1])
     if critic_lm.get_input_embeddings().weight.shape[0] != lm.get_input_embeddings().weight.shape[0]:
         raise UserError(f"the critic of {section.path} has another vocabulary than the policy")
     critic = Critic(
         critic_lm.base_model, ValueHead(critic_width, section.head, section.init, scratch.generator(seed, "value"))
     )
-    place = Path(section.path)
-    stored = model_directory(place).parent / VALUE_FILE if place.is_dir() else place
-    if stored.name == VALUE_FILE and stored.is_file():
+    stored = home / VALUE_FILE
+    if stored.is_file():
         tensors = _value_tensors(stored)
         target: nn.Module = critic if "head.last.weight" in tensors else critic.head
         _check_same(target, tensors, stored)

@@ -87,6 +87,14 @@ def read(path: str) -> tuple[Any, Any]:
     return settled(lm), tokenizer
 
 
+def untrained(directory: Path) -> Any:
+    """A causal LM of the configuration in a directory, its weights still to come. Raises CheckpointError."""
+    with quiet(), _readable(str(directory), True):
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        without_dropout(config)
+        return settled(AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False))
+
+
 def settled(lm: Any) -> Any:
     """The model as mrlm holds every model: own allocations, evaluation mode, gradients everywhere, savable settings."""
     fresh_allocations(lm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,22 @@ from mrlm_cli.policy.written import written
 from mrlm_cli.recipe import compose
 from mrlm_cli.recipe.sections import PretrainedModel
 from mrlm_cli.records import Transcript
+
+
+def fingerprint(path: str) -> str:
+    """A sha256 of all files that a Scorer of `path` reads, and of their names. Raises CheckpointError."""
+    checkpoint = checkpoint_directory(Path(path).expanduser())
+    files = [checkpoint / "recipe.yaml", checkpoint / load.VALUE_FILE]
+    files += [file for part in ("policy", load.CRITIC) for file in (checkpoint / part).glob("*") if file.is_file()]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        try:
+            with file.open("rb") as content:
+                inside = hashlib.file_digest(content, "sha256").digest()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+        digest.update(file.relative_to(checkpoint).as_posix().encode() + b"\0" + inside)
+    return digest.hexdigest()
 
 
 class Scorer:
@@ -32,7 +49,8 @@ class Scorer:
         recipe = compose.load(checkpoint / "recipe.yaml").recipe
         if recipe.algorithm.type != "reward_model":
             raise UserError(f"{path} is a run of {recipe.algorithm.type}; expected one of algorithm reward_model")
-        value = recipe.model.value.model_copy(update={"path": None})
+        value = recipe.model.value  # a critic has the shape that it had, whatever lies now where it began
+        value = value.model_copy(update={"path": str(checkpoint) if value.type == "separate" else None})
         section = PretrainedModel(
             type="pretrained", path=str(checkpoint / "policy"), value=value, chat=recipe.model.chat
         )

@@ -216,6 +216,12 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
             f"got {sampling.episodes_per_task}; algorithm {recipe.algorithm.type} compares the episodes of a task: "
             "expected at least 2",
         )
+    if sampling.refills != Sampling().refills and not recipe.algorithm.leaves_groups_out:
+        yield (
+            ("sampling", "refills"),
+            f"got {sampling.refills}; algorithm {recipe.algorithm.type} as set leaves no task out, so none is sampled "
+            "in its place; leave refills out, or set algorithm.filter_flat where there is one",
+        )
     if isinstance(recipe.model, ScratchModel):
         context = recipe.model.context
         if sampling.max_tokens is not None and sampling.max_tokens > context:

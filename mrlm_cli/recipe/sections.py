@@ -29,6 +29,8 @@ class Value(Strict):
     def _fits(self) -> "Value":
         if self.path is not None and self.type != "separate":
             raise ValueError("path is for type separate only")
+        if self.type == "separate" and self.trunk_gradient != Value.model_fields["trunk_gradient"].default:
+            raise ValueError("trunk_gradient is for type shared only: a separate critic has a trunk of its own")
         return self
 
 

@@ -95,9 +95,9 @@ def mapping(node: Node) -> dict[str, Node]:
 def absolute(tree: Node, folders: Sequence[Path]) -> Node:
     """The tree with every relative path that exists in one of `folders` made absolute; the others as written.
 
-    Paths are `model.path`, `model.value.path`, `data.path`, `data.validation_path`, those of agents, the files in
-    `./file.py:Class`, text settings of environments and rewards called `path` or ending in `_path`, their lists
-    called `functions`, and commands of tool servers.
+    Paths are `model.path`, `model.value.path`, `data.path`, `data.validation_path`, `data.test_path`, those of agents,
+    the files in `./file.py:Class`, text settings of environments and rewards called `path` or ending in `_path`, their
+    lists called `functions`, and commands of tool servers.
     """
     for path in list(_paths(tree)):
         tree = _replaced(tree, path, folders)
@@ -107,7 +107,7 @@ def absolute(tree: Node, folders: Sequence[Path]) -> Node:
 def _paths(tree: Node) -> Iterator[tuple[str | int, ...]]:
     yield ("model", "path")
     yield ("model", "value", "path")
-    for name in ("type", "path", "validation_path"):
+    for name in ("type", "path", "validation_path", "test_path"):
         yield ("data", name)
     yield ("algorithm", "type")
     yield ("engine", "type")

@@ -47,6 +47,13 @@ class Reward(ABC):
     def prepare(self) -> None:  # noqa: B027  (most rewards have nothing to load)
         """Called once in a worker process, before the first `score`: load here what is heavy."""
 
+    def fingerprint(self) -> str | None:
+        """A hash of the files that decide its values, so that a resume notices when they changed; None: there are none.
+
+        Asked for in the main process, without `prepare`.
+        """
+        return None
+
     @abstractmethod
     def score(self, transcripts: Sequence[Transcript]) -> Sequence[Mapping[str, Any] | Failure]:
         """{agent: value} or a Failure for each transcript, in their order."""

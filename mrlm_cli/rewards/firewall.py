@@ -100,6 +100,11 @@ class Scorers:
         # In the order of the recipe, whoever was asked and whoever remembered.
         return [{label: outcomes[label] for label in self._rewards} for outcomes in found]
 
+    def fingerprints(self) -> dict[str, str]:
+        """Reward → hash of the files that decide its values, for those that have such. Raises CheckpointError."""
+        found = {label: reward.fingerprint() for label, reward in self._rewards.items()}
+        return {label: each for label, each in found.items() if each is not None}
+
     def waiting(self) -> str:
         """Who is awaited, in words; empty if nobody is."""
         return self._awaited

@@ -58,6 +58,12 @@ class RewardModel(Reward):
         torch.set_num_threads(self.config.threads)
         self._scorer = Scorer(self.config.path, device=self.config.device, precision=self.config.precision)
 
+    def fingerprint(self) -> str:
+        """A hash of the checkpoint's recipe, tokenizer and weights. Raises CheckpointError."""
+        from mrlm_cli.policy.scorer import fingerprint
+
+        return fingerprint(self.config.path)
+
     def score(self, transcripts: Sequence[Transcript]) -> list[Outcome]:
         """The score of every agent that said something."""
         return [self._rate(one) for one in transcripts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 
@@ -15,7 +15,7 @@ def collate(episodes: Sequence[Episode], device: str, *, pairs: bool = False, ob
     Left out are those that failed, hold no chosen token, or belong to a group that the algorithm does not keep.
 
     Weights are the mask and mass the number of chosen tokens, until an algorithm says otherwise. With `pairs` the
-    episodes of a group are one unit; with `observed` observations are marked, and scored too.
+    episodes of a group that saw the same prompt are one unit; with `observed` observations are marked, and scored too.
     """
     rows = [(number, one) for number, one in enumerate(episodes) if trainable(one)]
     if not rows:
@@ -33,7 +33,10 @@ def collate(episodes: Sequence[Episode], device: str, *, pairs: bool = False, ob
         mask[row, one.chosen] = True
     mask = mask.to(device)
     seen = _observations(rows, longest).to(device) if observed else None
-    groups = {name: number for number, name in enumerate(dict.fromkeys(one.group for _, one in rows))}
+    groups = _numbered(one.group for _, one in rows)
+    agents = _numbered(one.agent for _, one in rows)
+    # Answers to different questions are no pair, even where an environment asks them under one task.
+    units = _numbered((one.group, one.tokens[: one.chosen[0]]) for _, one in rows) if pairs else range(len(rows))
     return Batch(
         tokens=padded((one.tokens for _, one in rows), torch.int64),
         lengths=column((len(one.tokens) for _, one in rows), torch.int64),
@@ -44,12 +47,19 @@ def collate(episodes: Sequence[Episode], device: str, *, pairs: bool = False, ob
         weights=mask.float(),
         mass=mask.sum(1).float(),
         episode=column((number for number, _ in rows), torch.int64),
-        group=column((groups[one.group] for _, one in rows), torch.int64),
-        unit=column((groups[one.group] for _, one in rows) if pairs else range(len(rows)), torch.int64),
+        group=column(groups, torch.int64),
+        unit=column(units, torch.int64),
         truncated=column((one.stop in ("length", "turns") for _, one in rows), torch.bool),
         ended=column((one.ended for _, one in rows), torch.bool),
+        agent=column(agents, torch.int64) if len(set(agents)) > 1 else None,
         observed=seen,
     )
+
+
+def _numbered(names: Iterable[Hashable]) -> list[int]:
+    """Each name's number in the order of first appearance."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(name, len(numbers)) for name in names]
 
 
 def trainable(episode: Episode) -> bool:

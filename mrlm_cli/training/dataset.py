@@ -12,7 +12,7 @@ from mrlm_cli.draws import permuted
 from mrlm_cli.errors import CheckpointError, UserError
 from mrlm_cli.policy.chat import Chat
 from mrlm_cli.policy.written import written
-from mrlm_cli.records import Episode, Span, Transcript
+from mrlm_cli.records import Episode, Span, Split, Transcript
 from mrlm_cli.strict import DataSettings
 from mrlm_cli.training.rollout import EXCLUDED
 
@@ -41,14 +41,14 @@ class DatasetSource:
 
     @property
     def holds_out(self) -> bool:
-        """Whether any row is held out."""
+        """Whether any row is held out for evaluations of the run."""
         return bool(self._loaded.validation)
 
-    def held_out(self, count: int) -> list[Episode]:
-        """Episodes of the first `count` held-out rows in a fixed mixed order; fewer if there are fewer."""
-        groups = self._loaded.validation
+    def held_out(self, count: int, split: Split = "validation") -> list[Episode]:
+        """Episodes of the first `count` rows of a held-out split in a fixed mixed order; fewer if there are fewer."""
+        groups = self._loaded.test if split == "test" else self._loaded.validation
         places = [permuted(place, len(groups), "held out order") for place in range(min(count, len(groups)))]
-        return [one for place in places for one in self._written(groups[place], f"validation/{place}")]
+        return [one for place in places for one in self._written(groups[place], f"{split}/{place}")]
 
     def first_drawn(self, index: int) -> list[Episode]:
         """The episodes of that step of the first epoch which draws the training row of this index."""

@@ -65,7 +65,7 @@ def evaluate_rows(
     evaluation = Evaluation(
         checkpoint=checkpoint,
         step=step,
-        split="validation",
+        split=episodes[0].task.split,
         tasks=len(batch.unit.unique()),
         failed=len(episodes) - len(batch.lengths),
         reward=None,
@@ -81,7 +81,7 @@ def evaluate_rows(
 def of_checkpoint(
     stage: Stage, recipe: Recipe, folders: Sequence[Path], checkpoint: Path
 ) -> tuple[Evaluation, list[Episode]]:
-    """Judge a checkpoint on held-out rows; `stage` holds the model from which its run started, the reference.
+    """Judge a checkpoint on the test rows; `stage` holds the model from which its run started, the reference.
 
     Raises UserError if no row is held out, CheckpointError if that model is not the one that it was.
     """
@@ -89,8 +89,9 @@ def of_checkpoint(
     assert recipe.data is not None
     algorithm = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm)
     source = DatasetSource(stage.loaded, stage.chat, recipe.data, recipe.seed, lambda text: None)
-    if not source.holds_out:
-        raise UserError("the run's recipe holds no rows out (data.validation_share is 0)")
+    rows = source.held_out(recipe.evaluate.tasks, "test")
+    if not rows:
+        raise UserError("the run's recipe keeps no rows for a test: train with data.test_share above 0, or name them")
     stored = state(checkpoint)
     reference = None
     if algorithm.needs.reference:
@@ -101,7 +102,6 @@ def of_checkpoint(
         budget = recipe.optimizer.tokens_per_micro_batch
         reference = CachedReference(load.reference(stage.policy), source, budget=budget)
     load.load_weights(stage.policy, checkpoint)
-    rows = source.held_out(recipe.evaluate.tasks)
     return evaluate_rows(rows, stage.policy, reference, algorithm, recipe, int(stored["step"]), str(checkpoint))
 
 

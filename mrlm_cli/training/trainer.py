@@ -54,6 +54,7 @@ class Trainer:
         self.reference: Policy | None = load.reference(self.policy) if self.algorithm.needs.reference else None
         self._reference_sha256 = load.fingerprint(self.reference) if self.reference is not None else None
         self._frozen_sha256 = {role: load.fingerprint(policy) for role, policy in stage.frozen.items()}
+        self._rewards_sha256 = stage.scorers.fingerprints()
         self._judged = stage.rollout(bootstrap=False)
         self._findings = stage.findings
         self.needs = self.algorithm.needs
@@ -183,6 +184,11 @@ class Trainer:
             raise CheckpointError(
                 f"{directory}: the model of a frozen agent has changed since; episodes would be others"
             )
+        if changed := sorted(set(state["rewards_sha256"].items()) ^ set(self._rewards_sha256.items())):
+            raise CheckpointError(
+                f"{directory}: the model of the reward {changed[0][0]} has changed since; episodes would be scored "
+                "otherwise. Name a checkpoint in its path, not a run that trains on"
+            )
         load.load_weights(self.policy, directory)
         if self.reference is not None and self.algorithm.needs.sync is not None:
             load.load_weights(self.reference, directory / "reference")
@@ -206,6 +212,7 @@ class Trainer:
             "refused_in_a_row": self.updater.refused_in_a_row,
             "reference_sha256": self._reference_sha256,
             "frozen_sha256": self._frozen_sha256,
+            "rewards_sha256": self._rewards_sha256,
         }
 
     def _refused(self, error: Refused) -> None:
