@@ -33,6 +33,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "sentiment": "mrlm_cli.envs.sentiment:Sentiment",
         "math": "mrlm_cli.envs.math:Math",
         "reasoning": "mrlm_cli.envs.reasoning:Reasoning",
+        "textarena": "mrlm_cli.envs.textarena:TextArena",
+        "gymnasium": "mrlm_cli.envs.gymnasium:Gymnasium",
+        "verifiers": "mrlm_cli.envs.verifiers:Verifiers",
     },
     "algorithms": {
         "ppo": "mrlm_cli.algorithms.ppo:PPO",

@@ -6,6 +6,7 @@ count: checking or printing a value is not obeying it.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from mrlm_cli.strict import AlgorithmSettings, DataSettings, EngineSettings, Env
 from tests.data_helpers import jsonl, pair_row, two_turns
 from tests.kit import tiny, trainer
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+ABSENT = [name for name in ("textarena", "gymnasium", "verifiers") if importlib.util.find_spec(name) is None]
 ROOT = str(Path(compose.__file__).parent.parent)
 NOT_OBEYING = (str(Path(compose.__file__).parent), str(Path(__file__).parent))
 # Read where a recipe becomes objects, before any run: which class, or where the run directory lies.
@@ -58,7 +61,7 @@ def configs() -> list[type[BaseModel]]:
         sections.Report,
     ]
     for kind in registry.BUILT_IN:
-        found += [registry.resolve(kind, name).Config for name in registry.BUILT_IN[kind]]
+        found += [registry.resolve(kind, name).Config for name in registry.BUILT_IN[kind] if name not in ABSENT]
     nested = {
         annotation
         for config in found
@@ -112,6 +115,16 @@ REWARDS: dict[str, dict[str, Any]] = {  # scored in this process, where reads ar
     "function": {"path": str(Path(__file__).parents[1] / "recipes/my_reward.py") + ":variety"},
     "judge": {"url": "http://127.0.0.1:9/v1", "model": "none", "retries": 1, "backoff": 0.001, "max_failed": 1.0},
 }
+OTHERS: list[dict[str, Any]] = [  # of other libraries, where they are installed
+    given
+    for given in (
+        {"type": "textarena", "game": "GuessTheNumber-v0"},
+        {"type": "gymnasium", "id": "FrozenLake-v1", "success_reward": 1.0, "settings": {"max_episode_steps": 1}},
+        {"type": "gymnasium", "path": f"{RECIPES}/my_game.py:CopyWords", "success_reward": 1.0, "name": "copy"},
+        {"type": "verifiers", "path": f"{RECIPES}/my_tasks.py:load"},
+    )
+    if importlib.util.find_spec(str(given["type"]))
+]
 PAIRS = {"path": "pairs.jsonl", "form": "pairs", "bad_rows": "exclude"}
 RUNS: list[dict[str, Any]] = [
     {},
@@ -141,6 +154,7 @@ RUNS: list[dict[str, Any]] = [
             {"type": "math"},
             {"type": "reasoning", "tasks": {"chain_sum": 1.0}},
             {"type": "sort_digits", "digits": 3, "name": "sort"},
+            *OTHERS,
         ],
         "steps": 3,
     },
@@ -237,6 +251,7 @@ def test_every_field_is_read(tmp_path: Path, reads: set[tuple[str, str]], monkey
         ("tools", "calls", {}),
         ("tools", "mcp", {"mcp": [{"command": [sys.executable, str(Path(__file__).with_name("mcp_server.py"))]}]}),
         ("code", "test_path", {"path": str(programs)}),
+        *((str(given["type"]), "type", {key: given[key] for key in given if key != "type"}) for given in OTHERS),
     ):
         environment = registry.resolve("environments", kind)
         made_environment = environment(environment.Config(type=kind, **given))

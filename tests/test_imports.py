@@ -20,6 +20,9 @@ EXTRAS = {
     "mcp",
     "math_verify",
     "reasoning_gym",
+    "textarena",
+    "gymnasium",
+    "verifiers",
     "pyarrow",
     "datasets",
 }
@@ -27,7 +30,7 @@ EXTRAS = {
 TABLE: dict[str, tuple[set[str], set[str]]] = {
     "base": (set(), {"pydantic"}),
     "recipe": (set(), {"pydantic", "pydantic_core", "yaml"}),
-    "envs": (set(), {"pydantic"} | EXTRAS),
+    "envs": (set(), {"pydantic", "numpy"} | EXTRAS),
     "data": (set(), {"pydantic"} | EXTRAS),
     "rewards": ({"envs", "policy"}, {"pydantic", "httpx", "torch"} | EXTRAS),
     "formulas": (set(), {"torch"}),

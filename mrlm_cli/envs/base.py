@@ -52,6 +52,8 @@ class Environment(ABC):
     processes with a deadline. `held_out` is False only where splits share tasks on purpose, because there is nothing
     to generalise to: evaluations then measure skill at what was trained.
 
+    Where settings decide the components, override `declared`.
+
     `agents` are the roles of a session, where settings do not decide them (then override `roles`); `players` names the
     scripted ones that `player` makes. Give each role all that it must know: it sees its own view alone.
     """
@@ -111,6 +113,11 @@ class Environment(ABC):
         return cls.agents
 
     @classmethod
+    def declared(cls, config: Any) -> Mapping[str, float]:
+        """The reward components under these settings with their default weights; `components`, if not overridden."""
+        return cls.components
+
+    @classmethod
     def reward_weights(cls, config: EnvironmentSettings) -> dict[str, float]:
         """Weight of every component: the declared defaults with the recipe's `rewards` over them."""
-        return {**cls.components, **config.rewards}
+        return {**cls.declared(config), **config.rewards}

@@ -72,12 +72,13 @@ def problems(environment: Environment, *, tasks: int = 50) -> list[str]:
 def _declarations(environment: Environment) -> Iterator[str]:
     if not issubclass(type(environment).Config, EnvironmentSettings):
         yield "Config must inherit EnvironmentSettings"
-    if not environment.components:
+    declared = environment.declared(environment.config)
+    if not declared:
         yield "components declares no reward"
     if not environment.roles(environment.config):
         yield "agents is empty"
     for name, weight in environment.reward_weights(environment.config).items():
-        if name not in environment.components:
+        if name not in declared:
             yield f"rewards names {name!r}, which components does not declare"
         if not math.isfinite(weight):
             yield f"the weight of {name!r} is {weight}"
@@ -153,7 +154,7 @@ def _play(environment: Environment, task: Task, reply: Reply) -> list[dict[str, 
 
 
 def _oracle(environment: Environment, tasks: int) -> Iterator[str]:
-    if "exact" not in environment.components:
+    if "exact" not in environment.declared(environment.config):
         return
     for split in SPLITS:
         for task in _first(environment, split, tasks):

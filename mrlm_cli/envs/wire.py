@@ -28,7 +28,7 @@ def check_turn(turn: Any, environment: Environment) -> Turn:
     """The same turn with plain floats. Raises SessionFailure if it breaks the environment's contract."""
     if not isinstance(turn, Turn):
         raise SessionFailure(f"a session must answer with a Turn, not {type(turn).__name__}")
-    roles = environment.roles(environment.config)
+    roles, declared = environment.roles(environment.config), environment.declared(environment.config)
     if turn.agent not in roles:
         raise SessionFailure(f"agent {turn.agent!r} is not one of {', '.join(roles)}")
     for message in turn.messages:
@@ -38,9 +38,10 @@ def check_turn(turn: Any, environment: Environment) -> Turn:
         if agent not in roles:
             raise SessionFailure(f"reward for agent {agent!r}, who is not one of {', '.join(roles)}")
         for component in components:
-            if component not in environment.components:
-                declared = ", ".join(environment.components)
-                raise SessionFailure(f"reward component {component!r} is not declared (declared: {declared})")
+            if component not in declared:
+                raise SessionFailure(
+                    f"reward component {component!r} is not declared (declared: {', '.join(declared)})"
+                )
         rewards[agent] = {name: _finite(value, f"reward {name!r}") for name, value in components.items()}
     facts = {_text(name, "a fact's name"): _finite(value, f"fact {name!r}") for name, value in turn.facts.items()}
     if turn.truncated and not turn.done:

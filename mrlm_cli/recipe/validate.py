@@ -309,10 +309,10 @@ def _owner(kind: str, node: Node, where: str, folders: Sequence[Path], problems:
 
 
 def _rewards(section: EnvironmentSettings, owner: Any, node: Node, where: str, problems: Problems) -> None:
-    rewards = mapping(node).get("rewards")
+    rewards, declared = mapping(node).get("rewards"), owner.declared(section)
     for component in section.rewards:
-        if component not in owner.components and rewards is not None:
+        if component not in declared and rewards is not None:
             mark = mapping(rewards)[component].name_mark
-            hint = near(component, owner.components) or f"; it declares {', '.join(owner.components) or 'none'}"
+            hint = near(component, declared) or f"; it declares {', '.join(declared) or 'none'}"
             text = f"{section.label} declares no such reward component{hint}"
             problems.add(mark, f"{where}.rewards.{component}", text)

@@ -69,7 +69,7 @@ def collect(policy: str, composed: Composed, wanted: Wanted) -> Collected:
 
 
 def _check_component(component: str, environments: Mapping[str, Environment], recipe: Recipe) -> None:
-    known = {name for each in environments.values() for name in each.components}
+    known = {name for each in environments.values() for name in each.declared(each.config)}
     known |= {f"{rewards.PREFIX}{each.label}" for each in recipe.rewards}
     if component not in known:
         raise UserError(f"no task here has a reward component {component}; there are: {', '.join(sorted(known))}")
@@ -102,7 +102,7 @@ def pairs(episodes: Sequence[Episode], environments: Mapping[str, Environment]) 
     cut are in no pair, so that both sides end as an answer should. Raises UserError where nothing verifies answers.
     """
     for label, environment in environments.items():
-        if EXACT not in environment.components:
+        if EXACT not in environment.declared(environment.config):
             raise UserError(f"environment {label} has no reward component {EXACT}, so its answers cannot be verified")
     rows: list[Row] = []
     left_out: Counter[str] = Counter()

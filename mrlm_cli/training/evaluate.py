@@ -145,7 +145,8 @@ def _components(
     for ones in by_task.values():
         sums = [component_sums(one) for one in ones]
         scored = sorted({name for each in sums for name in each if name.startswith(PREFIX)})
-        for name in (*environments[ones[0].task.env].components, *scored):
+        environment = environments[ones[0].task.env]
+        for name in (*environment.declared(environment.config), *scored):
             found.setdefault(name, []).append(_mean([each.get(name, 0.0) for each in sums]))
     return found
 

@@ -45,7 +45,7 @@ def episode_metrics(episodes: Sequence[Episode], environments: Mapping[str, Envi
         received = component_sums(one)
         environment = environments[one.task.env]
         several = len(environment.roles(environment.config)) > 1
-        for name in environment.components:
+        for name in environment.declared(environment.config):
             sums.add(f"reward/{one.task.env}/{name}", received.get(name, 0.0))
             if several:
                 sums.add(f"reward/{one.task.env}/{one.agent}/{name}", received.get(name, 0.0))
