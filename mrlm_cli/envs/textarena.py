@@ -41,7 +41,7 @@ UNUSABLE: dict[str, str] = {
 class TextArena(Environment):
     """A game of textarena 0.7.4 (extra `textarena`), for one player or for two against each other.
 
-    With `players: 1` the agent is `policy`; with 2 they are `first` and `second` (TextArena's players 0 and 1; who
+    With `seats: 1` the agent is `policy`; with 2 they are `first` and `second` (TextArena's players 0 and 1; who
     begins is the game's affair), each the learner, a frozen policy or scripted, as the section `agents` says. Of one
     scripted player the name is `random`: he says one of the texts in square brackets of what he was told last, which
     is often a move and often a legal one.
@@ -66,8 +66,8 @@ class TextArena(Environment):
 
         game: Annotated[str, Field(min_length=1, max_length=200)]
         """Its id in TextArena, such as GuessTheNumber-v0."""
-        players: Literal[1, 2] = 1
-        """How many play; a game is for one or for two."""
+        seats: Literal[1, 2] = 1
+        """How many play; most games are for one or for two."""
         settings: dict[str, Any] = Field(default_factory=dict)
         """Parameters of the game over those of its id, as TextArena calls them, such as {max_number: 9}."""
 
@@ -89,7 +89,7 @@ class TextArena(Environment):
     @classmethod
     def roles(cls, config: Any) -> tuple[str, ...]:
         """`policy` alone, or the two seats."""
-        return SEATS if config.players == 2 else ("policy",)
+        return SEATS if config.seats == 2 else ("policy",)
 
     def size(self, split: Split) -> None:
         """There is no end of seeds. Raises UserError for a game that there is not, or that cannot be played."""
@@ -121,7 +121,7 @@ class TextArenaSession:
         _load(config.game)  # a module that draws when it is loaded must not do so in this session alone
         with self._chance:
             self._game = _made(config)
-            self._game.reset(num_players=config.players, seed=seed)
+            self._game.reset(num_players=config.seats, seed=seed)
         self._core = _core(self._game)
 
     def start(self) -> Turn:
@@ -167,7 +167,7 @@ class _RandomPlayer:
 
 
 def check(config: TextArena.Config) -> None:
-    """Raises UserError for a game that there is not, that is refused, or that does not take these players."""
+    """Raises UserError for a game that there is not, that is refused, or that does not start with these settings."""
     import textarena  # noqa: F401  (its import fills the table)
     from textarena.envs.registration import ENV_REGISTRY
 
@@ -186,10 +186,9 @@ def check(config: TextArena.Config) -> None:
     except SyntaxError as error:
         version = ".".join(map(str, sys.version_info[:2]))
         raise UserError(f"textarena's {config.game} is not written for Python {version}: {error}") from error
-    except AssertionError as error:
-        raise UserError(f"textarena's {config.game} does not take players: {config.players}: {error}") from error
-    except (TypeError, ValueError, LookupError) as error:
-        raise UserError(f"textarena refuses the settings of {config.game}: {error}") from error
+    except Exception as error:  # a border: a game refuses settings and seats by whatever its code runs into
+        said = f"{type(error).__name__}: {error}"
+        raise UserError(f"textarena's {config.game} does not start with seats: {config.seats}: {said}") from error
 
 
 def _load(name: str) -> None:
@@ -222,7 +221,7 @@ def _text(told: Sequence[tuple[int, str, Any]], number: int, state: Any) -> str:
     for place, (sender, text, kind) in enumerate(told):
         if kind == ObservationType.PLAYER_ACTION:
             if sender != number:
-                lines.append(f"[{state.role_mapping.get(sender, f'Player {sender}')}] {text}")
+                lines.append(f"{state.role_mapping.get(sender, f'Player {sender}')}: {text}")
         elif kind != ObservationType.GAME_BOARD or place == boards[-1]:
             lines.append(text)
     return "\n".join(lines).strip() or "It is your turn."

@@ -146,7 +146,7 @@ class VerifiersSession:
         trace = _trace(self._task, reply)
         with self._chance:
             asyncio.run(self._task.score(trace, None))
-        found = {name: reward if reward is None else reward.score for name, reward in trace.rewards.items()}
+        found: dict[str, Any] = {name: reward and reward.score for name, reward in trace.rewards.items()}
         found |= trace.metrics
         missing = [name for name in (*self._config.scores, *found) if found.get(name) is None]
         if missing:
