@@ -8,10 +8,11 @@ MrlmError                      exit 1: the run failed, through no fault of the r
 ├── CheckpointError            a checkpoint or model directory is broken, foreign or unreadable
 ├── RunDirectoryError          a run directory is locked, unwritable or not one
 ├── NonFiniteError             losses, gradients or rewards stayed non-finite
-├── ScoringError               a reward failed on too many sessions
+├── ScoringError               a reward or environment failed on too many sessions
 ├── EngineError                a completion could not be made
 ├── SessionFailure             one session of an environment failed: counted, never scored as a wrong answer
 │   ├── DeadlineExceeded       it did not answer in time
+│   │   └── HungReply          because of a reply: wrong, and no failure
 │   └── SandboxFailure         the sandbox itself failed: no verdict about the program in it
 └── Interrupted                exit 130 or 143: stopped by a signal, with the state saved
 """
@@ -57,7 +58,7 @@ class NonFiniteError(MrlmError):
 
 
 class ScoringError(MrlmError):
-    """A reward failed on more of a step's sessions than it may."""
+    """A reward or an environment failed on more of the last sessions than it may."""
 
 
 class EngineError(MrlmError):
@@ -70,6 +71,10 @@ class SessionFailure(MrlmError):
 
 class DeadlineExceeded(SessionFailure):
     """A session did not answer before its deadline."""
+
+
+class HungReply(DeadlineExceeded):
+    """A reply took too long to judge where the right one does not: it counts as wrong, not as a failure."""
 
 
 class SandboxFailure(SessionFailure):

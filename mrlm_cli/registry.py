@@ -68,6 +68,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "function": "mrlm_cli.rewards.function:Function",
         "reward_model": "mrlm_cli.rewards.reward_model:RewardModel",
         "judge": "mrlm_cli.rewards.judge:Judge",
+        "local_judge": "mrlm_cli.rewards.local_judge:LocalJudge",
     },
     "players": {},
     "engines": {

@@ -41,6 +41,9 @@ class EnvironmentSettings(Strict):
     """Share of the tasks of a step, against the other environments' weights."""
     rewards: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = {}
     """Weight of each declared reward component in the training reward; what is not named keeps its default."""
+    max_failed: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of its last 256 sessions that may fail for technical reasons (of fewer than 32, as if they were 32); with
+    more the run stops and says why."""
 
     @property
     def label(self) -> str:
@@ -88,7 +91,8 @@ class RewardSettings(Strict):
     deadline: Annotated[float, Field(gt=0, le=86_400)] = 10.0
     """Seconds for one session; without an answer its process is killed and the session counts as failed."""
     max_failed: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of a step's sessions that it may fail to score; with more the run stops and says why."""
+    """Share of the last 256 sessions that it may fail to score (of fewer than 32, as if they were 32), over steps and
+    evaluations; with more the run stops and says why."""
 
     @property
     def label(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,8 @@ def test_a_players_mistake_fails_its_session_and_nothing_else(tmp_path: Path) ->
         "        assert view[0].content[1] == self.card\n"
         "        return {'J': 'p', 'Q': None}[self.card]\n"
     )
-    recipe = tiny(tmp_path, **KUHN, agents={"first": {"type": "scripted", "player": "./bot.py:Bot"}})
+    game = {**KUHN, "environments": [{"type": "kuhn", "max_failed": 1.0}]}
+    recipe = tiny(tmp_path, **game, agents={"first": {"type": "scripted", "player": "./bot.py:Bot"}})
     with trainer(tmp_path / "run", recipe, folder=tmp_path) as made:
         made.engine.generate = _saying(made, "p")  # type: ignore[method-assign]
         episodes = made.source.episodes(0)
@@ -309,6 +311,36 @@ def test_a_players_mistake_fails_its_session_and_nothing_else(tmp_path: Path) ->
     assert "must reply with a string" in str(failures["Q"])
     assert "KeyError" in str(failures["K"])
     assert means["failed_rate"] == pytest.approx(sum(one.task.data["cards"][0] != "J" for one in episodes) / 24)
+
+
+def test_a_player_that_hangs_fails_its_session_and_is_not_asked_again_on_replay(tmp_path: Path) -> None:
+    (tmp_path / "bot.py").write_text(
+        "import os, time\n"
+        "class Bot:\n"
+        "    def __init__(self, task, agent, seed):\n"
+        "        self.card = task.data['cards'][0]\n"
+        "        assert (task.env, agent) == ('kuhn', 'first')\n"
+        "    def reply(self, view):\n"
+        "        if self.card == 'K':\n"
+        "            time.sleep(3600)\n"
+        "        return 'p'\n"
+    )
+    hardware = {"threads": 1, "device": "cpu", "deadline": 1.0, "worker_processes": 1}
+    sampling = {"tasks_per_step": 4, "max_new_tokens": 2}
+    roles = {"first": {"type": "scripted", "player": "./bot.py:Bot"}}
+    recipe = tiny(tmp_path, **{**KUHN, "sampling": sampling}, agents=roles, hardware=hardware)
+    with trainer(tmp_path / "run", recipe, folder=tmp_path) as made:
+        cursor = made.source.state()
+        episodes = made.source.episodes(0)
+        made.source.load_state(cursor)
+        begun = time.monotonic()
+        assert made.source.episodes(0) == episodes
+        again = time.monotonic() - begun
+    kings = [one for one in episodes if one.task.data["cards"][0] == "K"]
+    assert kings
+    assert all(str(one.failure).startswith("agent first: no answer within ") for one in kings)
+    assert all(one.failure is None for one in episodes if one not in kings)
+    assert again < len(kings)
 
 
 def test_derived_numbers_count_an_episode_for_each_learner() -> None:

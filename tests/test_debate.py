@@ -11,10 +11,12 @@ import pytest
 
 from mrlm_cli.envs.conformance import problems
 from mrlm_cli.envs.debate import Debate
-from mrlm_cli.errors import UserError
+from mrlm_cli.errors import RecipeError, UserError
+from mrlm_cli.recipe import compose
 from mrlm_cli.records import Message, Reply, Task, Turn
 from mrlm_cli.training import loop
 from tests.kit import tiny, trainer
+from tests.test_training_rollout import never_cut
 
 SUM: dict[str, Any] = {
     "question": "Which is larger?",
@@ -241,3 +243,73 @@ def test_debaters_learn_before_a_frozen_judge(tmp_path: Path, engine: str) -> No
     assert row["episodes"] == len([one for one in episodes if one.chosen])
     assert "reward/debate/debater_2/win" in row
     assert "reward/debate/judge/win" not in row
+
+
+# a reward as judge, in the middle of a session
+
+SCORES = {
+    "environments": [{"type": "debate", "judge": "scores", "rounds": 1}],
+    "rewards": [{"type": "length", "name": "long", "longest": 1000, "shortest": 12, "slack": 12, "weight": 0.0}],
+    "agents": {"judge": {"type": "scorer", "reward": "long"}},
+    "model": {"type": "scratch", "layers": 1, "hidden": 32, "heads": 2, "context": 512, "tokenizer": "bytes"},
+    "sampling": {"tasks_per_step": 4, "max_new_tokens": 12, "max_turns": 1},
+}
+
+
+def test_conformance_with_scores() -> None:
+    config = Debate.Config(type="debate", judge="scores", debaters=3)
+    assert problems(Debate(config), tasks=10) == []
+
+
+def test_the_case_with_the_highest_number_wins() -> None:
+    environment = Debate(Debate.Config(type="debate", judge="scores", rounds=2))
+    task = environment.task("train", 0)
+    sides = task.data["sides"]
+
+    def verdict(*scores: str) -> list[Turn]:
+        session = environment.open(task, 0)
+        turns = [session.start()]
+        for text in ("one", "two", "three", "four", *scores):
+            turns.append(session.step(Reply(Message("assistant", text), "end")))
+        return turns
+
+    turns = verdict("-2.5", "1e-05")
+    cases = [turn.messages[1] for turn in turns[4:6]]
+    said = {sides[0]: "one\nthree", sides[1]: "two\nfour"}
+    assert cases == [Message("assistant", said[0]), Message("assistant", said[1])]
+    assert [turn.agent for turn in turns[4:6]] == ["judge", "judge"]
+    assert turns[6].done
+    assert turns[6].rewards[f"debater_{sides.index(1) + 1}"]["win"] == 1.0
+    assert turns[6].rewards[f"debater_{sides.index(0) + 1}"]["win"] == -1.0
+    for scores in (("1", "1"), ("nan",), ("1", "٣"), ("1", "1e999"), ("much",)):
+        last = verdict(*scores)[-1]
+        assert last.done
+        assert last.facts == {"verdict": 0.0}
+
+
+def test_a_reward_is_handed_to_a_session_as_its_judge(tmp_path: Path) -> None:
+    with trainer(tmp_path / "run", tiny(**SCORES)) as made:
+        never_cut(made)
+        episodes = made.source.episodes(0)
+    assert episodes
+    assert all(one.failure is None for one in episodes)
+    for one in episodes:
+        assert one.agent != "judge"
+        view = one.transcript.views["judge"]
+        assert [message.role for message in view] == ["user", "assistant", "assistant"] * (len(view) // 3)
+        for case, score in zip(view[1::3], view[2::3], strict=True):
+            assert float(score.content) == pytest.approx(min(1.0, len(case.content) / 12))
+    assert {one.transcript.facts["verdict"] for one in episodes} <= {0.0, 1.0}
+
+
+def test_a_scorer_must_be_one_of_the_rewards(tmp_path: Path) -> None:
+    text = (
+        "name: x\nsteps: 1\nmodel: {type: scratch}\nalgorithm: {type: ppo}\n"
+        "environments: [{type: debate, judge: scores}]\nrewards: [{type: length, name: long, longest: 9}]\n"
+        "agents: {judge: {type: scorer, reward: logn}}\n"
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r'r\.yaml:7:40 agents\.judge\.reward: got "logn".*did you mean long'):
+        compose.load(str(tmp_path / "r.yaml"))
+    (tmp_path / "r.yaml").write_text(text.replace("logn", "long"))
+    assert compose.load(str(tmp_path / "r.yaml")).recipe.agents["judge"].reward == "long"

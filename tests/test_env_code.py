@@ -1,6 +1,7 @@
 """The code environment: what it asks, what it pays, what it tells, and what it never tells."""
 
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ from mrlm_cli.envs.code import Code, extracted
 from mrlm_cli.envs.code_problems import COMMONEST, HIDDEN, SHOWN, generated
 from mrlm_cli.envs.conformance import HOSTILE, SPLITS, problems
 from mrlm_cli.envs.host import Host, NoJournal
-from mrlm_cli.envs.sandbox import box, probe
+from mrlm_cli.envs.sandbox import box, cgroups, probe
 from mrlm_cli.errors import SandboxFailure, SessionFailure, UserError
 from mrlm_cli.records import Message, Reply, Turn
 from tests.hostile import CHEATS
@@ -121,6 +122,46 @@ def test_scripts_are_compared_by_lines() -> None:
     assert ask(environment, reply("print('x')"))[-1].rewards["policy"]["tests"] == 0.0
 
 
+def test_feedback_never_tells_the_input_of_a_hidden_test() -> None:
+    """A program that knows the examples puts its input into a text, a type and a line."""
+    environment = make(attempts=9)
+    index = index_of(int, int)
+    task, problem = environment.task("train", index), generated("train", index, (1,), ("function",))
+    hidden = problem.hidden[0].given[0]
+    known = f"if x in {{{', '.join(f'{t.given[0]}: {t.expected}' for t in problem.shown)}}}: return "
+    known += f"{{{', '.join(f'{t.given[0]}: {t.expected}' for t in problem.shown)}}}[x]"
+    ways = (
+        "raise ValueError(x)",
+        "raise type('Input' + str(x), (Exception,), {})()",
+        "raise type('__import__', (Exception,), {})(x)",
+        "exec(compile('\\n' * (x + 1000) + 'boom', 'f', 'exec'))",
+        "exec(compile('\\n' * (x + 1000) + '(', 'f', 'exec'))",
+    )
+    turns = ask(environment, *(reply(fence(f"def solve(x):\n    {known}\n    {way}")) for way in ways), task=task)
+    said = [turn.messages[0].content.removeprefix("8 of 8 hidden tests fail: ") for turn in turns[1:]]
+    kinds = ["ValueError", "an exception", "an exception", "NameError", "SyntaxError"]
+    assert said == [f"{kind}. Try again." for kind in kinds], hidden
+
+
+def test_a_host_leaves_no_control_group_behind() -> None:
+    environment = make()
+    groups = getattr(environment._sandbox.mechanism, "_groups", None)
+    if groups is None:
+        pytest.skip("no control groups here")
+    task = environment.task("train", 0)
+    with Host([environment.config], folders=[], workers=2, deadline=30.0, journal=NoJournal()) as host:
+        host.collect(host.open([(name, task, 0) for name in "abcd"]))
+        host.collect(host.step([(name, reply(environment.oracle(task))) for name in "abcd"]))
+        assert len(_groups_of_others(groups)) >= 2
+        mine = _groups_of_others(groups)
+    assert not mine & _groups_of_others(groups)
+
+
+def _groups_of_others(groups) -> set[str]:
+    parents = {folder for parent in groups._parents for folder in parent.glob(f"{cgroups._PREFIX}*")}
+    return {str(folder) for folder in parents if f"-{os.getpid()}-" not in folder.name}
+
+
 def test_attempts_get_feedback_and_the_last_one_counts() -> None:
     environment = make(attempts=5)
     index = index_of(int, int)
@@ -141,7 +182,7 @@ def test_attempts_get_feedback_and_the_last_one_counts() -> None:
         f"For {x} the program should give {expected}, but it gives 'no'. Try again.",
         f"For {x} the program should give {expected}, but this happens: "
         "ZeroDivisionError: integer division or modulo by zero (line 2). Try again.",
-        f"8 of 8 hidden tests fail: KeyError: {problem.hidden[0].given[0]} (line 2). Try again.",
+        "8 of 8 hidden tests fail: KeyError. Try again.",
     ]
     assert [turn.done for turn in turns] == [False] * 5 + [True]
     assert turns[-1].facts == {"attempts": 5.0, "sandbox_retries": 0.0}

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from collections import Counter
 from fractions import Fraction
 
@@ -10,12 +9,11 @@ import pytest
 
 from mrlm_cli.envs import math_answers
 from mrlm_cli.envs.conformance import HOSTILE, SPLITS, problems
-from mrlm_cli.envs.host import Host, NoJournal
 from mrlm_cli.envs.math import Math
 from mrlm_cli.envs.math_answers import FORMS, anywhere, equal, extract, rational, verified
 from mrlm_cli.envs.math_problems import LEVELS, TOPICS, Dice
-from mrlm_cli.errors import MissingExtra, SessionFailure, UserError
-from mrlm_cli.records import Message, Reply, Turn
+from mrlm_cli.errors import MissingExtra, UserError
+from mrlm_cli.records import Message, Reply
 
 
 def make(**fields) -> Math:
@@ -294,22 +292,18 @@ def test_math_verify_knows_more_and_takes_no_unevaluated_expression():
     assert not verified(r"\sqrt{2}", "")
 
 
-def test_a_checker_that_hangs_fails_its_session_and_no_other(tmp_path):
-    pytest.importorskip("math_verify")
-    path = write(tmp_path / "a.jsonl", [{"problem": f"Root of {n}?", "answer": f"\\sqrt{{{n}}}"} for n in range(9)])
-    environment = make(path=path, checker="math_verify")
-    with Host([environment.config], folders=[], workers=1, deadline=4.0, journal=NoJournal()) as host:
-        assert host.thinks_apart("math")
-        tasks = [host.environments["math"].task("train", i) for i in range(2)]
-        host.collect(host.open([(str(i), task, 0) for i, task in enumerate(tasks)]))
-        begun = time.monotonic()
-        replies = [("0", reply(r"\boxed{9^{9^{9}}}")), ("1", reply(f"\\boxed{{{tasks[1].data['answer']}}}"))]
-        outcomes = host.collect(host.step(replies))
-    assert isinstance(outcomes["0"], SessionFailure)
-    assert "no answer within 4 s" in str(outcomes["0"])
-    assert isinstance(outcomes["1"], Turn)
-    assert outcomes["1"].rewards["policy"]["exact"] == 1
-    assert time.monotonic() - begun < 60
+def test_boxes_and_things_in_them_may_change_places_only_within_a_split():
+    environment = make(topics=["word_problems"])
+    owner: dict[tuple[int, ...], str] = {}
+    seen = 0
+    for split in SPLITS:
+        for index in range(environment.size(split)):
+            words = environment.task(split, index).data["problem"]
+            if " boxes. " in words:
+                seen += 1
+                numbers = tuple(sorted(int(word) for word in words.split() if word.isdigit()))
+                assert owner.setdefault(numbers, split) == split, words
+    assert seen > 100
 
 
 def test_a_missing_extra_is_named(monkeypatch):

@@ -43,6 +43,7 @@ BY_COMPOSITION = {
     ("Learner", "type"),
     ("Frozen", "type"),
     ("Scripted", "type"),
+    ("Scorer", "type"),
 }
 
 
@@ -106,6 +107,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     return found
 
 
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 1}}</tool_call>'
 REWARDS: dict[str, dict[str, Any]] = {  # scored in this process, where reads are seen
     "regex": {"pattern": "1"},
     "exact": {},
@@ -167,6 +169,13 @@ RUNS: list[dict[str, Any]] = [
         "environments": [{"type": "kuhn"}, {"type": "debate"}],
         "agents": {"second": {"type": "scripted", "player": "random"}},
         "sampling": {"tasks_per_step": 4, "max_new_tokens": 2},
+    },
+    {
+        "environments": [{"type": "debate", "judge": "scores", "rounds": 1}],
+        "rewards": [{"type": "length", "longest": 9, "weight": 0.0}],
+        "agents": {"judge": {"type": "scorer", "reward": "length"}},
+        "sampling": {"tasks_per_step": 2, "max_new_tokens": 2},
+        "model": {"context": 512},
     },
     {"engine": {"type": "generate"}, "sampling": {"tasks_per_step": 2, "max_new_tokens": 2}},
     {
@@ -247,6 +256,7 @@ def test_every_field_is_read(tmp_path: Path, reads: set[tuple[str, str]], monkey
         ("math", "levels", {}),
         ("reasoning", "settings", {"tasks": {"chain_sum": 1.0}}),
         ("math", "test_path", {"path": str(problems)}),
+        ("math", "checker", {"path": str(problems), "checker": "math_verify"}),
         ("code", "levels", {}),
         ("tools", "calls", {}),
         ("tools", "mcp", {"mcp": [{"command": [sys.executable, str(Path(__file__).with_name("mcp_server.py"))]}]}),
@@ -257,19 +267,24 @@ def test_every_field_is_read(tmp_path: Path, reads: set[tuple[str, str]], monkey
         made_environment = environment(environment.Config(type=kind, **given))
         session = made_environment.open(made_environment.task("train", 0), 0)
         session.start()
-        session.step(Reply(Message("assistant", "1"), "end"))
+        session.step(Reply(Message("assistant", CALL if "mcp" in given else "1"), "end"))
+        assert made_environment.judging_seconds is None or made_environment.judging_seconds > 0
         assert field in environment.Config.model_fields
     transcript = Transcript(
         Task("t", "e", "train", 0, {"answer": "1"}), 0, {"policy": (Message("assistant", "1"),)}, (), {}, "done"
     )
     trained = reward_model_run(tmp_path)
-    given_rewards = {"reward_model": {"path": str(trained)}, **REWARDS}
+    given_rewards = {
+        "reward_model": {"path": str(trained)},
+        "local_judge": {"path": str(tmp_path / "run4"), "max_failed": 1.0},
+        **REWARDS,
+    }
     rewards = [registry.resolve("rewards", kind).Config(type=kind, **given) for kind, given in given_rewards.items()]
     for config in rewards:
         reward = registry.resolve("rewards", config.type)(config)
         reward.prepare()
         for outcome in reward.score([transcript]):
-            checked(outcome if config.type != "judge" else {"policy": 1.0}, transcript, config)
+            checked(outcome if config.type not in ("judge", "local_judge") else {"policy": 1.0}, transcript, config)
     body = {"choices": [{"message": {"content": "1"}}]}
     assert reward._read(SimpleNamespace(status_code=200, json=lambda: body)) == 1.0  # the judge, which was the last
     with Scorers(rewards, folders=[], workers=1, journal=NoJournal()) as scorers:

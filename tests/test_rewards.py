@@ -98,7 +98,7 @@ def test_conformance(kind):
 
 
 def test_every_rule_is_tested():
-    assert set(RULES) | {"judge", "reward_model"} == set(registry.BUILT_IN["rewards"])
+    assert set(RULES) | {"judge", "local_judge", "reward_model"} == set(registry.BUILT_IN["rewards"])
 
 
 def test_conformance_sees_what_is_wrong():
@@ -225,13 +225,13 @@ def test_nothing_that_a_reward_does_reaches_the_others(folder):
 
 
 def test_too_many_failures_stop_with_the_reason(folder):
-    config = function(folder).model_copy(update={"max_failed": 0.4})
-    sessions = [("a", transcript("none")), ("b", transcript("fine"))]
-    with (
-        Scorers([config], folders=[folder], workers=1, journal=NoJournal()) as scorers,
-        pytest.raises(ScoringError, match=r"reward function failed on 1 of 2 sessions.*got None"),
-    ):
-        scorers.score(sessions)
+    config = function(folder).model_copy(update={"max_failed": 0.25})
+    sessions = [(name, transcript("none")) for name in "abcd"]
+    with Scorers([config], folders=[folder], workers=1, journal=NoJournal()) as scorers:
+        for _ in range(2):
+            scorers.score(sessions)  # all of this call failed, but they are few
+        with pytest.raises(ScoringError, match=r"reward function failed on 12 of the last 12 sessions.*got None"):
+            scorers.score(sessions)
 
 
 def test_a_failure_is_replayed_from_the_journal_for_the_same_transcript_alone(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, cast
@@ -15,6 +16,9 @@ from mrlm_cli.errors import UserError
 from mrlm_cli.records import Split
 
 _STYLES = {"system": "dim", "user": "cyan", "assistant": "green", "tool": "magenta"}
+
+
+_CALL = '{"name": "…", "arguments": {…}}'
 
 
 def register(app: typer.Typer) -> None:
@@ -61,11 +65,23 @@ class Terminal:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._agents: list[str] = []  # who saw something so far
+        self._tools: Sequence[Any] = ()
 
-    def see(self, agent: str, messages: Sequence[Any]) -> None:
-        """Print what the agent sees."""
+    def see(self, agent: str, messages: Sequence[Any], tools: Sequence[Any]) -> None:
+        """Print what the agent sees, and under whose name where there are several; tools when they change."""
+        if agent not in self._agents:
+            self._agents.append(agent)
+        whose = f"{agent} " if agent != "policy" or len(self._agents) > 1 else ""
+        if tools != self._tools:
+            self._tools = tools
+            for tool in tools:
+                self.tell(f"[tool] {json.dumps(tool['function'], ensure_ascii=False)}", "dim")
+            if tools:
+                self.tell(f"[tool] call one by <tool_call>{_CALL}</tool_call>", "dim")
         for message in messages:
-            self.tell(f"[{message.role}] {message.content}", _STYLES.get(message.role, ""))
+            name = f" {message.name}" if message.name else ""
+            self.tell(f"{whose}[{message.role}{name}] {message.content}", _STYLES.get(message.role, ""))
 
     def earned(self, rewards: Mapping[str, Mapping[str, float]], facts: Mapping[str, float]) -> None:
         """Print what the last reply earned."""

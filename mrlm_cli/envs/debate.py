@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -30,6 +31,7 @@ from mrlm_cli.strict import EnvironmentSettings
 JUDGE = "judge"
 LETTERS = "ABCDEFGH"
 _NUMBER = re.compile(r"(?<![0-9.])[0-9]+(?![0-9]|\.[0-9])")  # ASCII alone: \d would take the digits of every script
+_SCORE = re.compile(r"-?[0-9]{1,30}(?:\.[0-9]{1,30})?(?:e[+-]?[0-9]{1,3})?")
 _NAMED = re.compile(r"\(([A-H])\)")
 
 
@@ -42,7 +44,9 @@ class Debate(Environment):
     `judge: rules` knows the answer: an option stands if one of its debaters gave its evidence (the last number of a
     reply, where the evidence is a number, else somewhere in it). The right option wins if it stands, otherwise the only
     other one that does. `judge: agent` asks the agent `judge`, which the recipe's `agents` may make a frozen model, and
-    takes the last option in brackets of its reply. Nothing that debaters say is read as a verdict.
+    takes the last option in brackets of its reply. `judge: scores` shows it the case of each option in turn, as if an
+    assistant had made it, and takes the option with the highest number; the recipe's `agents` may make it one of the
+    rewards: {judge: {type: scorer, reward: NAME}}. Nothing that debaters say is read as a verdict.
 
     Components: `win`, 1 for the verdict's debaters and -1 for the others, 0 for all where there is none; for a judge 1
     if the verdict is right and -1 otherwise. `exact`, 1 for everyone if the verdict is the right answer. `format`, the
@@ -59,8 +63,8 @@ class Debate(Environment):
         """Agents that argue."""
         rounds: Annotated[int, Field(ge=1, le=16)] = 2
         """Replies of each debater. Keep sampling.max_turns at or above it."""
-        judge: Literal["rules", "agent"] = "rules"
-        """Who decides: rules that know the answer, or an agent of the role `judge`."""
+        judge: Literal["rules", "agent", "scores"] = "rules"
+        """Who decides: rules that know the answer, an agent of the role `judge`, or its score of each option's case."""
         low: Annotated[int, Field(ge=0, le=999_999)] = 1
         """Smallest term of the generated sums; not used with a file."""
         high: Annotated[int, Field(ge=0, le=999_999)] = 50
@@ -84,8 +88,13 @@ class Debate(Environment):
     @classmethod
     def roles(cls, config: Config) -> tuple[str, ...]:
         """The debaters, and the judge if it is one of the agents."""
-        judge = (JUDGE,) if config.judge == "agent" else ()
+        judge = () if config.judge == "rules" else (JUDGE,)
         return (*(f"debater_{number}" for number in range(1, config.debaters + 1)), *judge)
+
+    @classmethod
+    def replies(cls, config: Any) -> tuple[str, int]:
+        """A reply of each debater a round."""
+        return "rounds", config.rounds
 
     def size(self, split: Split) -> int | None:
         """Questions of the file in the split; sums have no end."""
@@ -133,6 +142,7 @@ class DebateSession:
         self._sides: list[int] = about["sides"]
         self._said: list[str] = []  # in order: who spoke follows from the place
         self._named = [0] * config.debaters  # replies that named the option argued for
+        self._scores: list[float] = []  # of the options argued for, in their order
 
     def start(self) -> Turn:
         """The question, to the first debater."""
@@ -142,6 +152,8 @@ class DebateSession:
         """The next debater, the judge, or the end."""
         text, place = reply.message.content, len(self._said)
         if place == self._config.debaters * self._config.rounds:
+            if self._config.judge == "scores" and not _NAMED.search(text):
+                return self._scored(text)
             found = [letter for letter in _NAMED.findall(text) if LETTERS.index(letter) < len(self._about["options"])]
             return self._end(LETTERS.index(found[-1]) if found else None)
         debater = place % self._config.debaters
@@ -151,7 +163,7 @@ class DebateSession:
             rewards[_debater(debater)]["win"] = -1.0
             return Turn(agent=_debater(debater), rewards=rewards, done=True, facts={"verdict": 0.0})
         self._named[debater] += _letter(self._sides[debater]) in text
-        if len(self._said) < self._config.debaters * self._config.rounds or self._config.judge == "agent":
+        if len(self._said) < self._config.debaters * self._config.rounds or self._config.judge != "rules":
             return self._next()
         return self._end(self._by_rules())
 
@@ -161,6 +173,8 @@ class DebateSession:
     def _next(self) -> Turn:
         place, count = len(self._said), self._config.debaters
         question = _asked(self._about)
+        if place == count * self._config.rounds and self._config.judge == "scores":
+            return self._case()
         if place == count * self._config.rounds:
             told = (
                 f"{question}\n{self._heard(0)}Which option is right? Answer with its letter in brackets, such as (A)."
@@ -182,6 +196,25 @@ class DebateSession:
             for place in range(begin, len(self._said))
         )
 
+    def _case(self) -> Turn:
+        """One option's case, for the judge to score."""
+        option = sorted(set(self._sides))[len(self._scores)]
+        count = self._config.debaters
+        case = "\n".join(text for place, text in enumerate(self._said) if self._sides[place % count] == option)
+        return Turn((Message("user", _asked(self._about)), Message("assistant", case)), JUDGE)
+
+    def _scored(self, text: str) -> Turn:
+        """The next case, or the verdict for the only best one; a reply that is no number ends without a verdict."""
+        value = float(text) if _SCORE.fullmatch(text.strip()) else math.nan
+        if not math.isfinite(value):
+            return self._end(None)
+        self._scores.append(value)
+        options = sorted(set(self._sides))
+        if len(self._scores) < len(options):
+            return self._case()
+        best = max(self._scores)
+        return self._end(options[self._scores.index(best)] if self._scores.count(best) == 1 else None)
+
     def _by_rules(self) -> int | None:
         stands = {
             side
@@ -202,7 +235,7 @@ class DebateSession:
             _debater(number): self._received(number, (2.0 * (side == verdict) - 1.0) * decided, right)
             for number, side in enumerate(self._sides)
         }
-        if self._config.judge == "agent":
+        if self._config.judge != "rules":
             rewards[JUDGE] = {"win": 2 * right - 1, "exact": right, "format": float(verdict is not None)}
         facts = {"verdict": float(verdict is not None)}
         return Turn(agent=_debater(0), rewards=rewards, done=True, facts=facts)

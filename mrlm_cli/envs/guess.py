@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from functools import cache
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -58,10 +58,22 @@ class Guess(Environment):
                 raise ValueError(f"low ({self.low}) must be below high ({self.high})")
             return self
 
-    components: ClassVar[dict[str, float]] = {"win": 1.0, "cost": -0.1, "wasted": -0.1, "narrowed": 0.0, "invalid": -0.2, "exact": 0.0}
+    components: ClassVar[dict[str, float]] = {
+        "win": 1.0,
+        "cost": -0.1,
+        "wasted": -0.1,
+        "narrowed": 0.0,
+        "invalid": -0.2,
+        "exact": 0.0,
+    }
     audited: ClassVar[bool] = True
     held_out: ClassVar[bool] = False
     config: Config
+
+    @classmethod
+    def replies(cls, config: Any) -> tuple[str, int]:
+        """Every guess is a reply."""
+        return "guesses", config.guesses
 
     def size(self, split: Split) -> int:
         """Games in the split: every secret once, in training many times."""

@@ -7,7 +7,8 @@
         ticket = host.step([("session name", reply)])
         host.close(["session name"])
 
-`task` and `size` of a user's environment are called in this process; only its sessions live in workers. Built-in
+Of a user's environment `size` and `oracle` are called in this process; its sessions live in workers, and its `task` is
+asked there as well, under the deadline. Built-in
 sessions run inside `open` and `step`, with no deadline: they are audited to answer at once.
 
 A failure in a worker is decided by clocks, memory or a network, so it is written to the journal, and a replay of the
@@ -16,19 +17,22 @@ same session and turn gives the journal's failure without asking the environment
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from mrlm_cli.envs.base import Environment, EnvironmentSettings, Session
-from mrlm_cli.envs.pool import Outcome, Worker
+from mrlm_cli.envs.failures import Failures
+from mrlm_cli.envs.pool import HUNG, Outcome, Worker
 from mrlm_cli.envs.wire import check_turn, describe_exception
-from mrlm_cli.errors import SessionFailure, UserError
-from mrlm_cli.records import Reply, Task
+from mrlm_cli.errors import HungReply, ScoringError, SessionFailure, UserError
+from mrlm_cli.records import Reply, Split, Task, Turn
 from mrlm_cli.registry import resolve
 
 GRACE_SECONDS = 2.0  # for sessions to close when the host is shut down
@@ -111,7 +115,8 @@ class Host:
         self._sessions: dict[str, _Open] = {}
         self._awaited: _Awaited | None = None
         self._opened = 0
-        outside: dict[str, EnvironmentSettings] = {}
+        self._failures = {settings.label: Failures(settings.max_failed) for settings in environments}
+        outside: dict[str, Environment] = {}
         for settings in environments:
             label = settings.label
             if label in self.environments:
@@ -119,9 +124,11 @@ class Host:
             found = resolve("environments", settings.type, folders)
             environment = self.environments[label] = found(settings)
             if not _in_process(environment):
-                outside[label] = settings
+                outside[label] = environment
         self._outside = frozenset(outside)
         self._workers = [Worker(i, outside, folders, deadline) for i in range(workers if outside else 0)]
+        for label, environment in outside.items():  # whoever asks this instance for a task has the deadline kept
+            environment.task = partial(self._task, label)  # type: ignore[method-assign]
 
     def open(self, opened: Sequence[tuple[str, Task, int]]) -> Ticket:
         """Begin sessions (name, task, seed); names must be new. Raises ValueError for one that is not."""
@@ -132,15 +139,34 @@ class Host:
         return Ticket(tuple(self._continue(name, reply) for name, reply in replies))
 
     def collect(self, ticket: Ticket) -> dict[str, Outcome]:
-        """Wait for every turn of the ticket, in its order. A failed session stays to be closed."""
+        """Wait for every turn of the ticket, in its order. A failed session stays to be closed.
+
+        Raises ScoringError if more of an environment's last sessions failed than may.
+        """
         outcomes: dict[str, Outcome] = {}
         for entry in ticket.entries:
-            outcome = outcomes[entry.session] = self._wait(entry)
+            outcome = self._wait(entry)
             if isinstance(outcome, SessionFailure):
                 self._sessions[entry.session].turns = -1
                 if entry.journalled:
                     self._journal.record(entry.session, entry.turn, str(outcome))
+            outcomes[entry.session] = outcome = self._judged(entry.label, outcome)
+            if isinstance(outcome, SessionFailure) or outcome.done:
+                failures = self._failures[entry.label]
+                failures.add([str(outcome) if isinstance(outcome, SessionFailure) else None])
+                if failures.too_many is not None:
+                    raise ScoringError(f"environment {entry.label} {failures.too_many}")
         return outcomes
+
+    def _judged(self, label: str, outcome: Outcome) -> Outcome:
+        """The outcome; a reply that hung its checker is wrong, and where that may happen, the fact `hung` says so."""
+        environment = self.environments[label]
+        if isinstance(outcome, HungReply):
+            wrong = dict.fromkeys(environment.declared(environment.config), 0.0)
+            return Turn(rewards={"policy": wrong}, done=True, facts={"hung": 1.0})
+        if environment.judging_seconds is None or isinstance(outcome, SessionFailure) or not outcome.done:
+            return outcome
+        return replace(outcome, facts={**outcome.facts, "hung": 0.0})
 
     def close(self, sessions: Iterable[str]) -> None:
         """End sessions, whether done, failed or in the middle; unknown names are ignored."""
@@ -168,6 +194,11 @@ class Host:
             worker.stop()
         for worker in self._workers:
             worker.join(max(0.0, until - time.monotonic()))
+        for label, environment in self.environments.items():
+            try:
+                environment.close()
+            except Exception as error:  # a border: what a user's code raises here must not undo a finished run
+                print(f"environment {label}: close() raised {describe_exception(error)}", file=sys.stderr)
 
     def __enter__(self) -> Host:
         return self
@@ -176,6 +207,16 @@ class Host:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shutdown()
+
+    def _task(self, label: str, split: Split, index: int) -> Task:
+        """An environment's task, made in a worker process. Raises UserError: without its tasks a run has no sense."""
+        promised = self._workers[0].task(label, split, index)
+        while not wait([promised], timeout=CHECK_SECONDS).done:
+            self._check()
+        made = promised.result()
+        if isinstance(made, SessionFailure):
+            raise UserError(f"environment {label}: task({split!r}, {index}): {made}")
+        return made
 
     def _begin(self, name: str, task: Task, seed: int) -> _Awaited:
         if name in self._sessions:
@@ -218,7 +259,8 @@ class Host:
         if recalled is None:
             return _Awaited(name, held.label, held.turns, ask(), journalled=True)
         known: Future[Outcome] = Future()
-        known.set_result(SessionFailure(recalled))
+        judged = self.environments[held.label].judging_seconds is not None
+        known.set_result(HungReply(recalled) if judged and recalled.startswith(HUNG) else SessionFailure(recalled))
         return _Awaited(name, held.label, held.turns, known, journalled=False)
 
     def _wait(self, entry: _Awaited) -> Outcome:

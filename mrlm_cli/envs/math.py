@@ -42,7 +42,8 @@ class Math(Environment):
     their own, validation and test take a tenth of the problems each, chosen by a hash of the problem.
 
     `checker: exact` compares rational numbers and normalised texts; `math_verify` (extra `math`) knows more forms; it
-    may not come to an end, so sessions then run in worker processes, under hardware.deadline.
+    may not come to an end, so sessions then run in worker processes, where a reply that keeps it busy is wrong (the
+    fact `hung`).
     """
 
     class Config(EnvironmentSettings):
@@ -64,6 +65,9 @@ class Math(Environment):
         """The question; `{problem}` stands for the problem and `{instruction}` for the sentence on the form."""
         checker: Literal["exact", "math_verify"] = "exact"
         """How answers are compared."""
+        judging_seconds: Annotated[float, Field(gt=0, le=3600)] = 5.0
+        """Seconds for math_verify and one reply, at most hardware.deadline; a reply that takes longer is wrong, if the
+        right answer does not take as long."""
 
         @model_validator(mode="after")
         def _fits(self) -> Math.Config:
@@ -87,6 +91,11 @@ class Math(Environment):
         """Not with math-verify, which may not come to an end."""
         return self.config.checker == "exact"
 
+    @property
+    def judging_seconds(self) -> float | None:
+        """For math-verify."""
+        return None if self.in_process else self.config.judging_seconds
+
     def size(self, split: Split) -> int:
         """Problems in the split."""
         return len(self._problems(split))
@@ -101,6 +110,8 @@ class Math(Environment):
 
     def open(self, task: Task, seed: int) -> SingleReply:
         """Ask; nothing depends on the seed."""
+        if not self.in_process:
+            math_answers.import_math_verify()  # it takes longer than to judge
         question = self.config.prompt.replace("{instruction}", _INSTRUCTIONS[self.config.form])
         question = question.replace("{problem}", task.data["problem"])
         return SingleReply(question, lambda reply: (self._rewards(task.data["answer"], reply), {}))

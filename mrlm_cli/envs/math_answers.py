@@ -99,6 +99,11 @@ def equal(gold: str, answer: str) -> bool:
     return rational(answer) == wanted if wanted is not None else normal(answer) == normal(gold)
 
 
+def import_math_verify() -> None:
+    """So that the first answer to be judged does not wait for it."""
+    import math_verify  # noqa: F401 (others use it)
+
+
 def verified(gold: str, answer: str) -> bool:
     """Whether two answers are equal to math-verify (extra `math`), which knows roots, sets, intervals and units.
 

@@ -145,7 +145,7 @@ def _gives(dice: Dice) -> tuple[str, int, str]:
 
 def _boxes(dice: Dice) -> tuple[str, int, str]:
     thing, a, b = dice.pick(_THINGS), dice.between(2, 15), dice.between(2, 20)
-    return f"There are {b} {thing} in each of {a} boxes. How many {thing} are there in all?", a * b, f"{a} {b}"
+    return f"There are {b} {thing} in each of {a} boxes. How many {thing} are there in all?", a * b, f"{sorted((a, b))}"
 
 
 def _change(dice: Dice) -> tuple[str, int, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from mrlm_cli.envs.host import Host
 from mrlm_cli.errors import SessionFailure
@@ -14,8 +14,8 @@ from mrlm_cli.records import Message, Reply, Task, Turn
 class Person(Protocol):
     """Shows and asks."""
 
-    def see(self, agent: str, messages: Sequence[Message]) -> None:
-        """Messages for the agent whose part the person plays."""
+    def see(self, agent: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+        """Messages for the agent whose part the person plays, and the tools that a chat template would show it."""
 
     def earned(self, rewards: Mapping[str, Mapping[str, float]], facts: Mapping[str, float]) -> None:
         """What the last reply earned, unweighted, by agent and component."""
@@ -49,7 +49,7 @@ def play(host: Host, task: Task, seed: int, person: Person) -> Played:
                     sums[agent][component] = sums[agent].get(component, 0.0) + value
             if turns:
                 person.earned(turn.rewards, turn.facts)
-            person.see(turn.agent, turn.messages)
+            person.see(turn.agent, turn.messages, turn.tools)
             text = None if turn.done else person.say(turn.agent)
             if text is None:
                 break

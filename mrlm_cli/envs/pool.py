@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import Any
+from typing import Any, TypeVar
 
+from mrlm_cli.envs.base import Environment
 from mrlm_cli.envs.process import DiedError, LateError, StoppedError, WorkerProcess
-from mrlm_cli.envs.wire import frame, reply_to_json, task_to_json, turn_from_json
-from mrlm_cli.errors import DeadlineExceeded, MrlmError, SessionFailure
-from mrlm_cli.records import Reply, Task, Turn
-from mrlm_cli.strict import EnvironmentSettings
+from mrlm_cli.envs.wire import frame, reply_to_json, task_from_json, task_to_json, turn_from_json
+from mrlm_cli.errors import DeadlineExceeded, HungReply, MrlmError, SessionFailure
+from mrlm_cli.records import Message, Reply, Split, Task, Turn
 
 Outcome = Turn | SessionFailure
+T = TypeVar("T")
+HUNG = "the reply hangs the checker"  # begins what the journal keeps of a HungReply
 
 
 @dataclass(slots=True)
@@ -37,14 +39,15 @@ class Worker:
     A session that does not answer in `deadline` seconds fails, and the process is killed. A session in whose turn the
     process dies is rebuilt once, and fails if that kills the process again. The other sessions of the process are
     rebuilt when their next reply comes, with the deadline for each of their answers; one that then shows other turns
-    than before fails.
+    than before fails. Where an environment has `judging_seconds`, they bound a reply, and a late one is put to the
+    proof.
     """
 
     def __init__(
-        self, number: int, settings: Mapping[str, EnvironmentSettings], folders: Sequence[Path], deadline: float
+        self, number: int, environments: Mapping[str, Environment], folders: Sequence[Path], deadline: float
     ) -> None:
         self._name = f"environment worker {number}"
-        self._settings = settings
+        self._environments = environments
         self._folders = folders
         self._deadline = deadline
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -53,6 +56,23 @@ class Worker:
         self._process: WorkerProcess | None = None
         self._inside: set[str] = set()  # sessions that the present process knows
         self._held: dict[str, _Held] = {}
+
+    def task(self, label: str, split: Split, index: int) -> Future[Task | SessionFailure]:
+        """The environment's task, or why there is none."""
+
+        def make() -> Task | SessionFailure:
+            request = {"op": "task", "env": label, "split": split, "index": index}
+            try:
+                answer = self._running().ask(frame(request), self._deadline)
+            except LateError:
+                self._end_process()
+                return DeadlineExceeded(f"no answer within {self._deadline:g} s")
+            except DiedError as died:
+                self._end_process()
+                return SessionFailure(str(died))
+            return SessionFailure(answer["failure"]) if "failure" in answer else task_from_json(answer["turns"][0])
+
+        return self._promise(make)
 
     def open(self, name: str, task: Task, seed: int) -> Future[Outcome]:
         """Begin a session."""
@@ -87,8 +107,8 @@ class Worker:
             self._stopping.set()
             self._thread.join()
 
-    def _promise(self, make: Callable[[], Outcome]) -> Future[Outcome]:
-        promised: Future[Outcome] = Future()
+    def _promise(self, make: Callable[[], T]) -> Future[T]:
+        promised: Future[T] = Future()
 
         def job() -> None:
             try:
@@ -122,6 +142,8 @@ class Worker:
         outcome = self._attempt(name)
         if isinstance(outcome, DiedError):
             outcome = self._attempt(name)
+        if isinstance(outcome, DeadlineExceeded) and self._is_to_blame(self._held[name]):
+            outcome = HungReply(f"{HUNG}: {outcome}, where the right one is judged in time")
         if isinstance(outcome, Turn):
             return outcome
         del self._held[name]
@@ -142,7 +164,8 @@ class Worker:
             data = frame(request)
         except (TypeError, ValueError) as error:
             return SessionFailure(f"its task cannot be sent to a worker process: {error}")
-        seconds = self._deadline * (1 if known else 1 + len(held.replies))
+        judging = self._environments[held.task.env].judging_seconds or self._deadline
+        seconds = min(self._deadline, judging) if known else self._deadline * (1 + len(held.replies))
         try:
             answer = process.ask(data, seconds)
         except LateError:
@@ -159,6 +182,26 @@ class Worker:
         held.shown.append(_digest(now))
         return turn_from_json(now)
 
+    def _is_to_blame(self, held: _Held) -> bool:
+        """Whether the last reply, and not the checker or the machine, is why the session was late: judged in a new
+        process, the right reply is not."""
+        environment = self._environments[held.task.env]
+        right = environment.oracle(held.task) if environment.judging_seconds is not None and held.replies else None
+        if not isinstance(right, str):
+            return False
+        name = "proof"
+        replies = [reply_to_json(Reply(Message("assistant", right), "end"))]
+        request = {"op": "open", "session": name, "seed": held.seed, "replies": replies}
+        try:
+            # The first reply of a process may have to import the checker, so the full deadline holds.
+            answer = self._running().ask(frame({**request, "task": task_to_json(held.task)}), 2 * self._deadline)
+            self._inside.add(name)
+            self._close(name)
+        except (LateError, DiedError):
+            self._end_process()
+            return False
+        return "failure" not in answer
+
     def _close(self, name: str) -> None:
         self._held.pop(name, None)
         if self._process is None or name not in self._inside:
@@ -173,8 +216,8 @@ class Worker:
         if self._process is None:
             self._process = WorkerProcess(self._name, self._stopping)
             environments = {
-                label: {"type": settings.type, "config": settings.model_dump_json()}
-                for label, settings in self._settings.items()
+                label: {"type": made.config.type, "config": made.config.model_dump_json()}
+                for label, made in self._environments.items()
             }
             try:
                 self._process.initialise(self._folders, environments=environments)

@@ -56,9 +56,9 @@ class Reasoning(Environment):
 
     Traps of the scorers are shut here: an empty answer is not shown to them, nor, where they have Python evaluate it,
     one that is no plain expression (`reasoning_answers`): it is worth 0. So is a score of at most 0.05, or at most what
-    they pay for an answer that says nothing, and an answer that they cannot read (they raise). A score
-    that is no number in [0, 1] fails the session. Tasks whose scorers or generators are broken are refused by name,
-    with the reason.
+    they pay for an answer that says nothing, and an answer that they cannot read (they raise), or that keeps them busy
+    (the fact `hung`). A score that is no number in [0, 1] fails the session. Tasks whose scorers or generators are
+    broken are refused by name, with the reason.
 
     A split has its own seeds, and besides takes only questions whose text (without case, digits kept) hashes into its
     share: three fifths to train on, a fifth each to validate and test; so no split shares a question with another.
@@ -76,6 +76,9 @@ class Reasoning(Environment):
         """Where the answer is asked for: between <answer> tags, or as the whole reply."""
         prompt: Annotated[str, Field(min_length=1, max_length=10_000)] = "{question}{instruction}"
         """The question; `{question}` stands for the task's and `{instruction}` for the sentence on the form."""
+        judging_seconds: Annotated[float, Field(gt=0, le=3600)] = 5.0
+        """Seconds for a scorer and one reply, at most hardware.deadline; a reply that takes longer is wrong, if the
+        task's own answer does not take as long."""
 
         @model_validator(mode="after")
         def _fits(self) -> Reasoning.Config:
@@ -99,6 +102,11 @@ class Reasoning(Environment):
         super().__init__(config)
         if importlib.util.find_spec("reasoning_gym") is None:
             raise MissingExtra("the environment reasoning", "reasoning")
+
+    @property
+    def judging_seconds(self) -> float:
+        """For the scorers, which may parse for ever."""
+        return self.config.judging_seconds
 
     def _check(self) -> None:
         """Not done when an instance is made: to import reasoning-gym takes seconds."""

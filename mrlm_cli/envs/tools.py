@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -148,6 +148,17 @@ class Tools(Environment):
         name, arguments = made.call
         call = json.dumps({"name": name, "arguments": arguments})
         return [f"{tool_calls.OPEN}{call}{tool_calls.CLOSE}", answer]
+
+    def close(self) -> None:
+        """Remove what killed workers' sandboxes left, and end servers of this process."""
+        if self._sandbox is not None:
+            self._sandbox.mechanism.sweep()
+        self._servers.close()
+
+    @classmethod
+    def replies(cls, config: Any) -> tuple[str, int]:
+        """The replies with calls, and the answer."""
+        return "calls", config.calls + 1
 
     def _made(self, split: Split, index: int) -> ToolTask:
         if self.config.path is None:

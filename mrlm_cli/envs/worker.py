@@ -3,6 +3,7 @@
 It answers requests in order, one at a time, in its main thread:
 
     {"op": "init", "folders": [...], "environments": {label: {"type": ..., "config": JSON text}}}   -> {"turns": []}
+    {"op": "task", "env": label, "split": "train", "index": 0}                    -> {"turns": [the task]}
     {"op": "open", "session": name, "task": {...}, "seed": 0, "replies": [...]}  -> {"turns": [first, one a reply]}
     {"op": "step", "session": name, "reply": {...}}                              -> {"turns": [one]}
     {"op": "close", "session": name}                                             -> {"turns": []}
@@ -38,9 +39,11 @@ from mrlm_cli.envs.wire import (
     frame,
     reply_from_json,
     task_from_json,
+    task_to_json,
     turn_to_json,
 )
 from mrlm_cli.errors import SessionFailure
+from mrlm_cli.records import Split, Task
 from mrlm_cli.registry import resolve
 
 MAX_TRACEBACKS = 20  # distinct failures whose traceback is printed
@@ -59,6 +62,8 @@ class Sessions:
             case "init":
                 self._init(request["folders"], request["environments"])
                 return []
+            case "task":
+                return [self._task(request["env"], request["split"], request["index"])]
             case "open":
                 return self._open(request)
             case "step":
@@ -74,6 +79,12 @@ class Sessions:
         for label, settings in environments.items():
             found = resolve("environments", settings["type"], [Path(folder) for folder in folders])
             self._environments[label] = found(found.Config.model_validate_json(settings["config"]))
+
+    def _task(self, label: str, split: Split, index: int) -> dict[str, Any]:
+        made = self._environments[label].task(split, index)
+        if not isinstance(made, Task):
+            raise SessionFailure(f"it must be a Task of env {label!r}, not {type(made).__name__}")
+        return task_to_json(made)
 
     def _open(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
         task = task_from_json(request["task"])

@@ -43,9 +43,20 @@ class Scripted(Strict):
     """A player that the environment has by this name, or ./file.py:Class, made as Class(task, agent, seed)."""
 
 
-Agent = Annotated[Learner | Frozen | Scripted, Field(discriminator="type")]
-AGENTS: dict[str, type[Learner] | type[Frozen] | type[Scripted]] = {
+class Scorer(Strict):
+    """One of the recipe's rewards, asked in the middle of a session: the role's reply is the number that the reward
+    gives to what the role is shown."""
+
+    type: Literal["scorer"]
+    """The role is played by a reward."""
+    reward: str
+    """The reward's name in `rewards`; a weight of 0 there keeps it out of what is learnt from at the end."""
+
+
+Agent = Annotated[Learner | Frozen | Scripted | Scorer, Field(discriminator="type")]
+AGENTS: dict[str, type[Learner] | type[Frozen] | type[Scripted] | type[Scorer]] = {
     "learner": Learner,
     "frozen": Frozen,
     "scripted": Scripted,
+    "scorer": Scorer,
 }

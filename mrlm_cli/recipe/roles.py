@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mrlm_cli import registry
 from mrlm_cli.errors import UserError
-from mrlm_cli.recipe.agents import Agent, Learner, Scripted
+from mrlm_cli.recipe.agents import Agent, Learner, Scorer, Scripted
 from mrlm_cli.recipe.problems import Problems, near, shown
 from mrlm_cli.recipe.reading import Node
 from mrlm_cli.strict import EnvironmentSettings
@@ -17,10 +17,12 @@ def check(
     node: Node,
     agents: Mapping[str, Agent],
     environments: Sequence[EnvironmentSettings],
+    rewards: Sequence[str],
     folders: Sequence[Path],
     problems: Problems,
 ) -> None:
-    """Tell `problems` of roles that no environment has, players that nobody knows, and environments without a learner.
+    """Tell `problems` of roles that no environment has, players and rewards that nobody knows, and environments without
+    a learner.
 
     `node` is the section `agents`.
     """
@@ -31,6 +33,11 @@ def check(
         if role not in known:
             hint = near(role, known) or f"; there are: {', '.join(known)}"
             problems.add(_inside(node, role).name_mark, f"agents.{role}", f"no environment here has such a role{hint}")
+        elif isinstance(agent, Scorer):
+            if agent.reward not in rewards:
+                there = near(agent.reward, rewards) or f"; there are: {', '.join(rewards) or 'none'}"
+                text = f"got {shown(agent.reward)}; no reward of the recipe is called so{there}"
+                problems.add(_inside(node, role, "reward").mark, f"agents.{role}.reward", text)
         elif isinstance(agent, Scripted):
             for label in (label for label, names in roles.items() if role in names):
                 players = owners[label].players

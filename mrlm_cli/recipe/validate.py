@@ -17,7 +17,7 @@ from mrlm_cli.recipe.agents import AGENTS
 from mrlm_cli.recipe.problems import Problems, locate, near, sentence, shown, suggestion
 from mrlm_cli.recipe.reading import Mark, Node
 from mrlm_cli.recipe.schema import LISTS, MODELS, PLUGINS, Head, Recipe
-from mrlm_cli.recipe.sections import Value
+from mrlm_cli.recipe.sections import Sampling, Value
 from mrlm_cli.strict import EngineSettings, EnvironmentSettings, Strict
 
 VARIANTS: dict[str, Mapping[str, type[Strict]]] = {
@@ -42,9 +42,11 @@ def recipe(tree: Node, folders: Sequence[Path]) -> Recipe:
     _check_steps(tree, problems)
     problems.raise_if_any()
     _check_value(tree, parts, folders, problems)
+    _check_turns(tree, parts, folders, problems)
     problems.raise_if_any()
     if {"agents", "environments"} <= parts.keys():
-        roles.check(mapping(tree)["agents"], parts["agents"], parts["environments"], folders, problems)
+        rewards = [reward.label for reward in parts.get("rewards", ())]
+        roles.check(mapping(tree)["agents"], parts["agents"], parts["environments"], rewards, folders, problems)
         problems.raise_if_any()
     try:
         return Recipe(**head, **parts)
@@ -66,6 +68,19 @@ def _check_value(tree: Node, parts: Mapping[str, Any], folders: Sequence[Path], 
     if not registry.resolve("algorithms", algorithm.type, folders)(algorithm).needs.values:
         node = mapping(mapping(tree)["model"])["value"]
         problems.add(node.mark, "model.value", f"algorithm {algorithm.type} has no value function; leave it out")
+
+
+def _check_turns(tree: Node, parts: Mapping[str, Any], folders: Sequence[Path], problems: Problems) -> None:
+    """A limit of replies that an environment sets is not cut short by sampling.max_turns."""
+    most = parts.get("sampling", Sampling()).max_turns
+    for index, settings in enumerate(parts.get("environments", ())):
+        limit = registry.resolve("environments", settings.type, folders).replies(settings)
+        if limit is not None and limit[1] > most:
+            name, replies = limit
+            item = _listed(tree, "environments")[index]
+            given = getattr(settings, name)
+            text = f"got {given}, which takes {replies} replies; sampling.max_turns = {most} cuts them short"
+            problems.add(mapping(item).get(name, item).mark, f"environments.{index}.{name}", text)
 
 
 def _check_steps(tree: Node, problems: Problems) -> None:

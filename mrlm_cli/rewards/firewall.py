@@ -19,6 +19,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Protocol
 
+from mrlm_cli.envs.failures import Failures
 from mrlm_cli.envs.process import DiedError, LateError, WorkerProcess
 from mrlm_cli.envs.wire import frame
 from mrlm_cli.errors import MrlmError, ScoringError
@@ -61,13 +62,17 @@ class Scorers:
         self._rewards: dict[str, Reward] = {
             settings.label: resolve("rewards", settings.type, folders)(settings) for settings in rewards
         }
+        self._failures = {settings.label: Failures(settings.max_failed) for settings in rewards}
         self._journal = journal
         self._check = check
         self._awaited = ""
         self._workers = [_Worker(number, rewards, folders) for number in range(workers if rewards else 0)]
 
-    def score(self, sessions: Sequence[tuple[str, Transcript]]) -> list[dict[str, Outcome]]:
-        """What each reward gives to each session. Raises ScoringError if one fails on too many of them."""
+    def score(self, sessions: Sequence[tuple[str, Transcript]], *, only: str | None = None) -> list[dict[str, Outcome]]:
+        """What each reward, or `only` the one of this name, gives to each session.
+
+        Raises ScoringError if one fails on too many of the run's last sessions.
+        """
         if not self._rewards:
             return [{} for _ in sessions]
         texts = [_sendable(transcript) for _, transcript in sessions]
@@ -75,8 +80,9 @@ class Scorers:
         found: list[dict[str, Outcome]] = [{} for _ in sessions]
         rows: list[dict[str, Any]] = []
         asked: list[tuple[str, list[int], Future[list[Outcome]]]] = []
-        for label, reward in self._rewards.items():
-            fresh = []
+        labels = list(self._rewards) if only is None else [only]
+        for label in labels:
+            reward, fresh = self._rewards[label], []
             for place, (name, _) in enumerate(sessions):
                 text = texts[place]
                 known = self._journal.recall_score(name, label, digests[place])
@@ -98,7 +104,7 @@ class Scorers:
         self._stop_if_too_many(found)
         self._journal.record_scores(rows)
         # In the order of the recipe, whoever was asked and whoever remembered.
-        return [{label: outcomes[label] for label in self._rewards} for outcomes in found]
+        return [{label: outcomes[label] for label in labels} for outcomes in found]
 
     def fingerprints(self) -> dict[str, str]:
         """Reward → hash of the files that decide its values, for those that have such. Raises CheckpointError."""
@@ -139,13 +145,11 @@ class Scorers:
         return promised.result()
 
     def _stop_if_too_many(self, found: Sequence[Mapping[str, Outcome]]) -> None:
-        for label, reward in self._rewards.items():
-            failures = [outcome.text for outcomes in found if isinstance(outcome := outcomes[label], Failure)]
-            if len(failures) > reward.config.max_failed * len(found):
-                raise ScoringError(
-                    f"reward {label} failed on {len(failures)} of {len(found)} sessions, more than max_failed "
-                    f"({reward.config.max_failed:g}) allows; the first: {failures[0]}"
-                )
+        for label, failures in self._failures.items():
+            given = [outcomes[label] for outcomes in found if label in outcomes]
+            failures.add(outcome.text if isinstance(outcome, Failure) else None for outcome in given)
+            if failures.too_many is not None:
+                raise ScoringError(f"reward {label} {failures.too_many}")
 
 
 class _Worker:

@@ -22,6 +22,38 @@ LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the server asks fo
 _NUMBER = r"^\s*(-?[0-9]+(?:\.[0-9]+)?)(?:\s*/\s*[0-9]+)?\.?\s*$"
 
 
+class JudgeSettings(RewardSettings):
+    """What every judge is told, and how its reply is read."""
+
+    instruction: Annotated[str, Field(min_length=1, max_length=100_000)] = (
+        "Rate how well the assistant does in the following conversation, from 0 (useless) to 10 (perfect). "
+        "Answer with just the number."
+    )
+    """What the judge is told before it sees the conversation."""
+    low: float = 0.0
+    """The least rating; one below fails the session."""
+    high: float = 10.0
+    """The greatest rating; one above fails the session."""
+    pattern: Annotated[str, Field(min_length=1)] = _NUMBER
+    """A regular expression whose first group is the rating in the judge's reply; by default the reply is
+    a bare number (or 7/10), since a number found in prose may be another one."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 256
+    """Tokens that the judge may write."""
+    deadline: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    """Seconds for one session, all that is asked about it together."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _one_group(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groups
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{pattern!r:.80} is no regular expression: {error}") from error
+        if groups < 1:
+            raise ValueError("pattern needs a group, in parentheses, around the rating")
+        return pattern
+
+
 class Judge(Reward):
     """Ask a model to rate a session, and take the number that it replies.
 
@@ -34,48 +66,21 @@ class Judge(Reward):
     anything else, and a reply without a number, fails the session at once.
     """
 
-    class Config(RewardSettings):
+    class Config(JudgeSettings):
         """Whom to ask, and what."""
 
         url: Annotated[str, Field(pattern=r"^https?://")]
         """The endpoint up to its version, such as http://localhost:8000/v1."""
         model: Annotated[str, Field(min_length=1)]
         """The model's name, as the endpoint knows it."""
-        instruction: Annotated[str, Field(min_length=1, max_length=100_000)] = (
-            "Rate how well the assistant does in the following conversation, from 0 (useless) to 10 (perfect). "
-            "Answer with just the number."
-        )
-        """What the judge is told before it sees the conversation."""
-        low: float = 0.0
-        """The least rating; one below fails the session."""
-        high: float = 10.0
-        """The greatest rating; one above fails the session."""
-        pattern: Annotated[str, Field(min_length=1)] = _NUMBER
-        """A regular expression whose first group is the rating in the judge's reply; by default the reply is
-        a bare number (or 7/10), since a number found in prose may be another one."""
         key_variable: str | None = None
         """Environment variable that holds the endpoint's key; it is read when it is needed, and never stored."""
-        max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 256
-        """Tokens that the judge may write."""
-        deadline: Annotated[float, Field(gt=0, le=86_400)] = 60.0
-        """Seconds for one session, all attempts together."""
         retries: Annotated[int, Field(ge=0, le=100)] = 4
         """Attempts after the first."""
         backoff: Annotated[float, Field(gt=0, le=60)] = 0.5
         """Seconds before the second attempt; doubled before each further one."""
         concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
         """Sessions that are asked about at the same time."""
-
-        @field_validator("pattern")
-        @classmethod
-        def _one_group(cls, pattern: str) -> str:
-            try:
-                groups = re.compile(pattern).groups
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"{pattern!r:.80} is no regular expression: {error}") from error
-            if groups < 1:
-                raise ValueError("pattern needs a group, in parentheses, around the rating")
-            return pattern
 
         @field_validator("key_variable")
         @classmethod
@@ -105,10 +110,10 @@ class Judge(Reward):
         until = time.monotonic() + self.config.deadline
         ratings: dict[str, float] = {}
         for agent in transcript.views:
-            rating = self._ask(shown(transcript, agent), until)
-            if isinstance(rating, Failure):
-                return rating
-            ratings[agent] = rating
+            found = self._ask(shown(transcript, agent), until)
+            if isinstance(found, Failure):
+                return found
+            ratings[agent] = found
         return ratings
 
     def _ask(self, conversation: str, until: float) -> float | Failure:
@@ -151,16 +156,21 @@ class Judge(Reward):
             text = reply.json()["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError):
             return Failure("the judge's answer is no chat completion")
-        found = re.search(self.config.pattern, text, re.DOTALL) if isinstance(text, str) else None
-        if found is None:
-            return Failure(f"the judge's reply holds no rating: {str(text)[:200]!r}")
-        try:
-            rating = float(found[1])
-        except (TypeError, ValueError):
-            rating = math.nan
-        if not math.isfinite(rating):
-            return Failure(f"the judge's rating is no number: {str(found[1])[:60]!r}")
-        return rating
+        return rating(self.config.pattern, text)
+
+
+def rating(pattern: str, text: Any) -> float | Failure:
+    """The number in a judge's reply, by a pattern whose first group it is."""
+    found = re.search(pattern, text, re.DOTALL) if isinstance(text, str) else None
+    if found is None:
+        return Failure(f"the judge's reply holds no rating: {str(text)[:200]!r}")
+    try:
+        value = float(found[1])
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        return Failure(f"the judge's rating is no number: {str(found[1])[:60]!r}")
+    return value
 
 
 def shown(transcript: Transcript, agent: str) -> str:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from mrlm_cli.draws import draw_key, integer
 from mrlm_cli.engines.base import Engine
 from mrlm_cli.envs.host import Host, Ticket
+from mrlm_cli.envs.players import heard
+from mrlm_cli.envs.players import label as player_label
 from mrlm_cli.errors import SessionFailure
 from mrlm_cli.policy.chat import Chat
 from mrlm_cli.recipe.sections import Sampling
 from mrlm_cli.records import Episode, EpisodeStop, Limits, Reply, Task, Transcript, Turn
 from mrlm_cli.rewards.base import PREFIX, Failure, Outcome
 from mrlm_cli.rewards.firewall import Scorers
-from mrlm_cli.training.agents import Frozen, Other, Script
+from mrlm_cli.training.agents import Frozen, Other, Scored, Script, Scripted
 from mrlm_cli.training.conversation import Conversation
 
 EXCLUDED = "excluded: "  # a failure that begins so is an episode that never fitted, not a technical failure
@@ -81,6 +83,7 @@ class Rollout:
         bootstrap: bool,
         phase: Callable[[str, int, int], None],
         others: Mapping[str, Other] | None = None,
+        players: Host | None = None,
         scorers: Scorers | None = None,
     ) -> None:
         self._host = host
@@ -90,6 +93,7 @@ class Rollout:
         self._bootstrap = bootstrap
         self._phase = phase
         self._others = others or {}
+        self._players = players
         self._scorers = scorers
         self._engines = {id(one.engine): one.engine for one in self._others.values() if isinstance(one, Frozen)}
         self._max_tokens = min(sampling.max_tokens or chat.context, chat.context)
@@ -127,6 +131,8 @@ class Rollout:
             replies = self._advance(cohort, turns, draw, limits)
             over = [one for one in cohort.sessions if one.stop is not None]
             self._host.close([one.name for one in over])
+            if self._players is not None:
+                self._players.close([talk.name for one in over for talk in one.conversations.values()])
             gone = [f"{one.name}/{agent}" for one in over for agent in one.conversations]
             for engine in (self._engine, *self._engines.values()):
                 engine.free(gone)
@@ -181,15 +187,16 @@ class Rollout:
             if one.stop is None:
                 speaking.append(one)
         said = self._decoded(speaking, draw, limits)
+        played = self._played(speaking)
         replies = []
         for one in speaking:
             talk = one.conversations[one.speaker]
             if isinstance(talk, Script):
-                try:
-                    reply = talk.say()
-                except SessionFailure as failure:
-                    one.end("failed", f"agent {one.speaker}: {failure}")
+                text = played[one.name]
+                if isinstance(text, SessionFailure):
+                    one.end("failed", f"agent {one.speaker}: {text}")
                     continue
+                reply = talk.say(text)
             else:
                 reply = said[one.name]
             if reply.stop == "length" and self._bootstrap and self._learns(one.speaker):
@@ -215,6 +222,62 @@ class Rollout:
                 said[one.name] = talk.say(completion, draw.policy_step if self._learns(one.speaker) else -1)
         return said
 
+    def _played(self, speaking: Sequence[_Live]) -> dict[str, str | SessionFailure]:
+        """Session → what its speaker says, where that is a scripted player; those in worker processes at once."""
+        said: dict[str, str | SessionFailure] = {}
+        away: dict[str, tuple[_Live, Script]] = {}
+        asked: dict[str, list[tuple[_Live, Script]]] = {}
+        for one in speaking:
+            talk = one.conversations[one.speaker]
+            if isinstance(talk, Script) and isinstance(talk.other, Scored):
+                asked.setdefault(talk.other.reward, []).append((one, talk))
+            elif isinstance(talk, Script) and talk.make is None:
+                away[talk.name] = one, talk
+            elif isinstance(talk, Script):
+                try:
+                    said[one.name] = talk.ask()
+                except SessionFailure as failure:
+                    said[one.name] = failure
+        for reward, group in asked.items():
+            said |= self._verdicts(reward, group)
+        if not away:
+            return said
+        assert self._players is not None
+        new = [
+            (name, replace(one.task, env=player_label(one.speaker, one.task.env)), self._player_seed(one, one.speaker))
+            for name, (one, talk) in away.items()
+            if talk.turn == 0
+        ]
+        began = self._players.collect(self._players.open(new))
+        ready = [name for name in away if not isinstance(began.get(name), SessionFailure)]
+        told = self._players.step([(name, heard(away[name][1].unheard())) for name in ready])
+        answers = {**began, **self._players.collect(told)}
+        for name, (one, _) in away.items():
+            answer = answers[name]
+            said[one.name] = answer if isinstance(answer, SessionFailure) else answer.messages[0].content
+        return said
+
+    def _verdicts(self, reward: str, group: Sequence[tuple[_Live, Script]]) -> dict[str, str | SessionFailure]:
+        """Session → the number that a reward gives to what its role was shown, in digits that read back exactly."""
+        assert self._scorers is not None
+        sessions = []
+        for one, talk in group:
+            views = {one.speaker: tuple(talk.unheard())}
+            sessions.append((f"{talk.name}.{talk.turn}", Transcript(one.task, one.sample, views, (), {}, "done")))
+        said: dict[str, str | SessionFailure] = {}
+        for (one, _), outcomes in zip(group, self._scorers.score(sessions, only=reward), strict=True):
+            outcome = outcomes[reward]
+            if isinstance(outcome, Failure):
+                said[one.name] = SessionFailure(f"{UNSCORED}{reward}: {outcome.text}")
+            elif one.speaker not in outcome:
+                said[one.name] = SessionFailure(f"{UNSCORED}{reward}: it gave no value to what it was shown")
+            else:
+                said[one.name] = repr(outcome[one.speaker])
+        return said
+
+    def _player_seed(self, one: _Live, agent: str) -> int:
+        return integer(2**63, "player", *one.key, agent)
+
     def _learns(self, agent: str) -> bool:
         return agent not in self._others
 
@@ -228,7 +291,8 @@ class Rollout:
         self._take_rewards(one, turn)
         one.facts.update(turn.facts)
         talk = self._conversation(one, turn.agent)
-        out_of_turns = talk.turn >= self._sampling.max_turns
+        asks = isinstance(talk, Script) and isinstance(talk.other, Scored)  # a reward may be asked as often as it takes
+        out_of_turns = talk.turn >= self._sampling.max_turns and not asks
         if turn.done or cut or out_of_turns:
             one.end("length" if cut else "turns" if turn.truncated or not turn.done else "done")
             one.finished = turn.done
@@ -269,9 +333,11 @@ class Rollout:
                 key = draw_key("reply", *one.key, agent)
                 one.conversations[agent] = Conversation(chat, f"{one.name}/{agent}", key, self._room(agent))
             else:
-                environment, seed = self._host.environments[one.task.env], integer(2**63, "player", *one.key, agent)
-                make = partial(other.player, environment, one.task, agent, seed)
-                one.conversations[agent] = Script(make)
+                environment = self._host.environments[one.task.env]
+                name = other.name if isinstance(other, Scripted) else ""
+                make = partial(environment.player, name, one.task, agent, self._player_seed(one, agent))
+                here = isinstance(other, Scripted) and not other.apart(environment)
+                one.conversations[agent] = Script(f"{one.name}/{agent}", other, make if here else None)
         return one.conversations[agent]
 
     def _room(self, agent: str) -> int:

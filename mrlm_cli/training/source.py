@@ -12,12 +12,15 @@ from mrlm_cli.errors import UserError
 from mrlm_cli.recipe.sections import Sampling
 from mrlm_cli.records import Episode, Split, Task
 from mrlm_cli.training.rollout import Draw, Rollout
+from mrlm_cli.training.stopping import StopRequested
 
 
 def take(environment: Environment, label: str, split: Split, index: int) -> Task:
     """The environment's task. Raises UserError if a user's class fails to make it or makes another one."""
     try:
         task = environment.task(split, index)
+    except (UserError, StopRequested):
+        raise
     except Exception as error:  # a border: a user's code may raise anything
         raise UserError(f"environment {label}: task({split!r}, {index}) raised {error!r}") from error
     if not isinstance(task, Task) or (task.env, task.split, task.index) != (label, split, index):

@@ -93,7 +93,7 @@ class Stage:
 
         def watched() -> None:
             check()
-            if awaited := self.host.waiting() or self.scorers.waiting():
+            if awaited := self.host.waiting() or self.players.waiting() or self.scorers.waiting():
                 phase(f"waiting for {awaited}", 0, 0)
 
         self.host = Host(
@@ -105,6 +105,14 @@ class Stage:
             check=watched,
         )
         self.environments = self.host.environments
+        self.players = Host(
+            agents.players(recipe, self._others, self.environments, folders),
+            folders=folders,
+            workers=hardware.worker_processes,
+            deadline=hardware.deadline,
+            journal=journal,
+            check=watched,
+        )
         self.scorers = Scorers(
             recipe.rewards, folders=folders, workers=hardware.worker_processes, journal=journal, check=watched
         )
@@ -119,6 +127,7 @@ class Stage:
             bootstrap=bootstrap,
             phase=self._phase,
             others=self._others,
+            players=self.players,
             scorers=self.scorers,
         )
 
@@ -134,4 +143,5 @@ class Stage:
 
     def __exit__(self, *exception: object) -> None:
         self.scorers.shutdown()
+        self.players.shutdown()
         self.host.shutdown()

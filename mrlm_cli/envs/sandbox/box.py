@@ -163,9 +163,12 @@ def _ending(started: Started, seconds: float) -> Kind:
 def _results(lines: list[bytes], ended: Kind | None, count: int) -> list[Result]:
     """A result for each test: the first that was sent for it, else why there is none."""
     found: dict[int, Result] = {}
+    compiled = False  # from then on the program runs, and could send this itself to have a text of its own told
     for line in lines:
         match _parsed(line):
-            case ["syntax", str(kind), str(text), int(number)]:
+            case ["compiled"]:
+                compiled = True
+            case ["syntax", str(kind), str(text), int(number)] if not compiled:
                 return [Result("syntax", text=f"{kind}: {text}", line=number)] * count
             case [int(index), *rest]:
                 found.setdefault(index, _result(rest))

@@ -20,6 +20,7 @@ from mrlm_cli.envs.sandbox.records import Limits
 from mrlm_cli.errors import SandboxFailure
 
 EMPTY_SECONDS = 5.0  # for killed processes to leave a group
+SWEEP_SECONDS = 1.0  # for those of a killed owner
 _PREFIX = "mrlm-sandbox-"
 _OWN = Path("/proc/self/cgroup")
 _ROOT = Path("/sys/fs/cgroup")
@@ -97,7 +98,7 @@ class Groups:
         self._free: list[Group] = []
         self._all: list[Group] = []
         self._lock = Lock()
-        self._sweep()
+        self.sweep()
         atexit.register(self.remove)
 
     def take(self) -> Group:
@@ -122,13 +123,32 @@ class Groups:
         for group in self._all:
             group.remove()
 
-    def _sweep(self) -> None:
-        for parent in dict.fromkeys(self._parents):
-            for folder in parent.glob(f"{_PREFIX}*-*"):
-                owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
-                if owner.isdigit() and not Path("/proc", owner).exists():
-                    with suppress(OSError):  # still in use after all, or swept by another at this moment
-                        folder.rmdir()
+    def sweep(self) -> None:
+        """Remove the groups of processes that are gone. What they held dies with them, a moment later."""
+        until = time.monotonic() + SWEEP_SECONDS
+        while left := [folder for folder in self._orphans() if not _removed(folder)]:
+            if time.monotonic() > until:
+                return  # in use after all; the next process that makes groups here tries again
+            time.sleep(0.01 * len(left))
+
+    def _orphans(self) -> list[Path]:
+        folders = [folder for parent in dict.fromkeys(self._parents) for folder in parent.glob(f"{_PREFIX}*-*")]
+        owners = [folder.name.removeprefix(_PREFIX).partition("-")[0] for folder in folders]
+        return [
+            folder
+            for folder, owner in zip(folders, owners, strict=True)
+            if owner.isdigit() and not Path("/proc", owner).exists()
+        ]
+
+
+def _removed(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        pass  # swept by another at this moment
+    except OSError:
+        return False
+    return True
 
 
 def find(root: Path = _ROOT, own: Path = _OWN) -> Groups:

@@ -57,6 +57,9 @@ class Mechanism(ABC):
         """What the interpreter is told to give up by itself; None where it is confined from outside."""
         return None
 
+    def sweep(self) -> None:  # noqa: B027  (most leave nothing behind)
+        """Remove what sandboxes of processes that are gone left behind."""
+
     def _popen(self, command: Sequence[str], descriptors: Sequence[int], **options: Any) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             command,
@@ -159,6 +162,10 @@ class ControlledBubblewrap(Bubblewrap):
             self._groups.give(group)
 
         return Started(started.process, end, group.out_of_memory)
+
+    def sweep(self) -> None:
+        """Control groups of killed workers."""
+        self._groups.sweep()
 
 
 class Landlocked(Mechanism):

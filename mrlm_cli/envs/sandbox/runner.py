@@ -150,6 +150,7 @@ def main(request_fd, results_fd, stdin_fd, stdout_fd):
         send(f'["syntax",{described(error)}]')
         send('["end"]')
         return
+    send('["compiled"]')
     module = {"__name__": "program", "__builtins__": __builtins__}
     if request["form"] == "calls":
         standard("")
