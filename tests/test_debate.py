@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mrlm_cli import api
 from mrlm_cli.envs.conformance import problems
 from mrlm_cli.envs.debate import Debate
 from mrlm_cli.errors import RecipeError, UserError
@@ -313,3 +314,10 @@ def test_a_scorer_must_be_one_of_the_rewards(tmp_path: Path) -> None:
         compose.load(str(tmp_path / "r.yaml"))
     (tmp_path / "r.yaml").write_text(text.replace("logn", "long"))
     assert compose.load(str(tmp_path / "r.yaml")).recipe.agents["judge"].reward == "long"
+
+
+def test_the_smoke_recipe_of_scorers_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = api.train(api.load_recipe("scorer_smoke", ["hardware.threads=1", "evaluate.tasks=2"]), plain=True)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["failed_rate"] for row in rows] == [0.0, 0.0]

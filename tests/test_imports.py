@@ -32,7 +32,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "recipe": (set(), {"pydantic", "pydantic_core", "yaml"}),
     "envs": (set(), {"pydantic", "numpy"} | EXTRAS),
     "data": (set(), {"pydantic"} | EXTRAS),
-    "rewards": ({"envs", "policy", "engines", "recipe"}, {"pydantic", "httpx", "torch"} | EXTRAS),
+    "rewards": ({"envs", "policy", "recipe"}, {"pydantic", "httpx", "torch"} | EXTRAS),
     "formulas": (set(), {"torch"}),
     "algorithms": ({"formulas"}, {"pydantic"}),
     "kernels": (set(), {"torch", "numpy"}),
