@@ -318,13 +318,37 @@ def test_guess_answers_and_pays_each_turn():
     ]:
         turn = ask(environment, task, reply(text))
         assert ([message.content for message in turn.messages], turn.done) == ([answer], False)
-        assert paid(turn) == rewards
+        assert spent(turn) == rewards
     won = ask(environment, task, reply("16"), reply("020"), reply("20"))
-    assert (paid(won), won.done, won.facts) == ({"win": 1.0, "exact": 1.0}, True, {"guesses": 3.0})
+    assert (spent(won), won.done, won.facts) == ({"win": 1.0, "exact": 1.0}, True, {"guesses": 3.0})
     lost = ask(environment, task, *[reply("1")] * 6)
-    assert (paid(lost), lost.done, lost.messages, lost.facts) == ({"cost": 1.0, "wasted": 1.0}, True, (), {})
+    assert (spent(lost), lost.done, lost.messages, lost.facts) == ({"cost": 1.0, "wasted": 1.0}, True, (), {})
     cut = ask(environment, task, reply("1"), reply("20", "length"))
     assert (paid(cut), cut.done) == ({"invalid": 10.0}, True)
+
+
+def spent(turn: Turn) -> dict[str, float]:
+    """What a turn of guessing was paid, but for what it told."""
+    return {name: value for name, value in paid(turn).items() if name != "narrowed"}
+
+
+@pytest.mark.parametrize("guesses", ["16 24 22 20", "20", "1 32 15 20", "16 16 x 30 5 20", "32 31 30 29 28 20"])
+def test_guess_pays_for_the_bits_that_an_answer_told(guesses):
+    environment = make(Guess)
+    session = environment.open(Task("t", "guess", "train", 0, {"secret": 20, "game": 0}), 0)
+    possible, told = set(range(1, 33)), 0.0
+    for guess in guesses.split():
+        turn = session.step(reply(guess))
+        answer = turn.messages[0].content if turn.messages else "="
+        before = len(possible)
+        if answer != "?":
+            number = int(guess)
+            possible &= {each for each in possible if ("<=>")[(each > number) - (each < number) + 1] == answer}
+            assert paid(turn)["narrowed"] == pytest.approx(math.log(before / len(possible)) / math.log(32))
+        told += paid(turn).get("narrowed", 0.0)
+    assert possible == {20}
+    assert told == pytest.approx(1.0)
+    assert environment.reward_weights(environment.config)["narrowed"] == 0.0
 
 
 @pytest.mark.parametrize(
