@@ -26,11 +26,10 @@ class Guess(Environment):
     the best policy nothing, and tells a beginner what the answers mean); `narrowed`, the share of the secret's bits
     that an answer told, log(numbers possible before / after) / log(numbers in the range), which adds up to 1 in every
     won game and so pays for good questions at once without favouring any way to win (Ng, Harada & Russell 1999; weight
-    0 unless the recipe gives it one); `invalid`, for every reply that is no number
-    of the range, 1 plus the share of its characters that are not digits, so that a policy without any idea is led to
-    digits; `exact`, 1 for a win. A reply cut by the length limit ends the episode: it is worse by 1 than one that
-    ended, or ending would not be learnt, and counts for every guess that was left, or breaking off would pay better
-    than guessing.
+    0 unless the recipe gives it one); `invalid`, for every reply that is no number of the range, 1 plus the share of
+    its characters that are not digits, so that a policy without any idea is led to digits; `exact`, 1 for a win. A
+    reply cut by the length limit ends the episode: it is worse by 1 than one that ended, or ending would not be learnt,
+    and counts for every guess that was left, or breaking off would pay better than guessing.
     Fact: `guesses`, used in a won game.
 
     There is nothing to generalise to: a game has as few states as the range has numbers, and one never trained on
