@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from mrlm_cli import registry
 from mrlm_cli.envs.host import NoJournal
@@ -22,14 +23,16 @@ from tests.kit import tiny, trainer
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A policy with random weights that can write digits alone."""
+    """A policy with random weights, but for a 7 that outweighs all else wherever it points the right way."""
     section = ScratchModel(type="scratch", layers=1, hidden=32, heads=2, context=600, characters="0123456789")
-    for seed in range(100):
+    for seed in range(12):
         path = tmp_path_factory.mktemp("judge")
         policy, chat = load.build(section, seed=seed, device="cpu", precision="float32", gradient_checkpointing=False)
+        with torch.no_grad():
+            policy.lm.get_input_embeddings().weight[chat.tokenizer.convert_tokens_to_ids("7")] *= 50
         load.save(policy, chat.tokenizer, path)
         if any(each.isdigit() for each in reference(str(path / "policy"), transcript("1"))):
-            return str(path / "policy")  # many end at once
+            return str(path / "policy")
     raise AssertionError("no model writes a digit")
 
 
@@ -71,9 +74,10 @@ def test_it_says_what_the_slow_engine_says(model) -> None:
     assert "longer than the judge can see (600 tokens)" in long.text
     read = 0
     for (_, one), outcome in zip(sessions, given, strict=False):
-        digits = [each for each in reference(model, one) if each.isdigit()]
+        text = reference(model, one)
+        digits = [each for each in text if each.isdigit()]
         if isinstance(outcome, Failure):
-            assert "holds no rating" in outcome.text
+            assert outcome.text == f"the judge's reply holds no rating: {text!r}"
             assert not digits
         else:
             assert outcome == {"policy": float(digits[0])}
