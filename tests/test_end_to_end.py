@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mrlm_cli import api
 from mrlm_cli.errors import CheckpointError, MrlmError, UserError
 from mrlm_cli.metrics import describe
+from mrlm_cli.training import targets
+from mrlm_cli.training.rundir import RunDirectory
 
 SMALL = ["hardware.threads=1"]
 
@@ -167,3 +169,29 @@ def test_an_environment_of_ones_own_trains_in_worker_processes(tmp_path: Path) -
         assert [row["failed_rate"] for row in rows] == [0, 0]
         assert json.loads((run / "origin.json").read_text())["plugins"]
         assert api.evaluate(str(run), overrides=["evaluate.tasks=7"]).tasks == 7
+
+
+@pytest.mark.xdist_group("smoke")
+@pytest.mark.parametrize("pruned", ["recipe.yaml", "policy"])
+def test_a_checkpoint_pruned_under_an_evaluation_gives_way_to_the_newest(
+    smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pruned: str
+) -> None:
+    run = shutil.copytree(smoke, tmp_path / "run", symlinks=True)
+    newest, checkpoints = targets.find(run, False)[1], run / "checkpoints"
+    assert newest is not None
+    older = shutil.copytree(newest, checkpoints / "step-000003")
+    found = iter([older, newest])
+
+    def find(path: Path, best: bool) -> tuple[RunDirectory, Path]:
+        chosen = next(found)
+        if chosen == older:
+            shutil.rmtree(older)
+        return RunDirectory.open(path), chosen
+
+    monkeypatch.setattr(targets, "find", find)
+    assert api.evaluate(str(run), overrides=["evaluate.tasks=3"]).step == 4
+    monkeypatch.setattr(targets, "find", lambda path, best: (RunDirectory.open(path), newest))
+    for place in newest.rglob(pruned):
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    with pytest.raises(MrlmError):  # still there and broken: no newer one would help
+        api.evaluate(str(run), overrides=["evaluate.tasks=3"])

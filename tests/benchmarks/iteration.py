@@ -1,13 +1,15 @@
 """Time one PPO iteration by phase: rollout, scoring, update. Prints one JSON line.
 
-    python tests/benchmarks/iteration.py --model tiny
-    python tests/benchmarks/iteration.py --model models/smollm2-135m --precision bfloat16
+    python -m tests.benchmarks.iteration --model tiny
+    python -m tests.benchmarks.iteration --model models/smollm2-135m --precision bfloat16
 
 The work of an iteration: 32 episodes of 32 prompt tokens and exactly 64 new tokens each (a sampled end token does not
 stop a row), entropy, KL against the starting policy and, in PPO, value loss on; PPO makes 4 passes over 32 prompts in
 one minibatch, GRPO one pass over 8 prompts sampled 4 times each. The
 first iteration warms up and is not counted; what is quoted is the median of the others. Times of one machine mean
-little: compare with a peer's in the same session.
+little: compare with a peer's in the same session. `share_of_peak` sets the useful operations of the update (forward
+and backward of products and attention, each distinct prefix once, no recomputation) against the fastest product of
+that precision measured here with as many threads.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mrlm_cli import registry
+from mrlm_cli.policy.model import Policy
+from mrlm_cli.policy.value import Critic
 from mrlm_cli.recipe import sections
 from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.records import Completion
@@ -31,6 +37,7 @@ from mrlm_cli.training.rundir import RunDirectory
 from mrlm_cli.training.stage import Stage, settled
 from mrlm_cli.training.stopping import Stopper
 from mrlm_cli.training.trainer import Trainer
+from tests.benchmarks import limits
 
 # Expressions come first, so that no two prompts share a beginning that could be computed once.
 QUESTION = "{expression} " + "the of one two tree river count each box had three more than gave left total " * 4
@@ -106,6 +113,9 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for _ in range(arguments.iterations + 1):
             loop.iteration(trainer)
         rows = run.metrics()
+        operations = passes * useful_operations(trainer.policy, per_task)
+        peak = limits.peak(arguments.precision)
+    counted = rows[1:] or rows
     phases = ("seconds", "rollout_seconds", "scoring_seconds", "update_seconds", "tokens_per_second")
     return {
         "benchmark": "iteration",
@@ -113,10 +123,38 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "threads": recipe.hardware.threads,
         "parameters": sum(each.numel() for each in trainer.policy.parameters()),
         "sampled_tokens": int(rows[-1]["length"] * rows[-1]["episodes"]),
-        **{name: round(statistics.median(row[name] for row in rows[1:] or rows), 3) for name in phases},
+        **{name: round(statistics.median(row[name] for row in counted), 3) for name in phases},
+        "update_gflop": round(operations / 1e9, 1),
+        "peak_gflop_per_second": round(peak, 1),
+        "share_of_peak": round(
+            operations / 1e9 / peak / statistics.median(each["update_seconds"] for each in counted), 3
+        ),
         "first_iteration_seconds": round(rows[0]["seconds"], 3),
         "memory_mb": round(rows[-1]["memory_mb"]),
     }
+
+
+def useful_operations(policy: Policy, per_task: int) -> float:
+    """Floating-point operations of forward and backward over an iteration's episodes, once each.
+
+    6 per weight of a product and token, 12·(attention's width) per layer and pair of a token and one that it sees; the
+    head runs where a token was sampled.
+    """
+    prefixes = EPISODES // per_task * PROMPT + EPISODES * NEW
+    own = PROMPT + NEW
+    pairs = EPISODES // per_task * PROMPT * (PROMPT + 1) / 2 + EPISODES * (own * (own + 1) - PROMPT * (PROMPT + 1)) / 2
+
+    def of(trunk: Any) -> float:
+        matrices = [part for part in trunk.modules() if isinstance(part, torch.nn.Linear)]
+        width = trunk.config.num_attention_heads * trunk.layers[0].self_attn.head_dim
+        return float(
+            6 * prefixes * sum(each.weight.numel() for each in matrices)
+            + 12 * width * pairs * trunk.config.num_hidden_layers
+        )
+
+    head = 6 * EPISODES * NEW * policy.lm.get_output_embeddings().weight.numel()
+    critic = of(policy.value.trunk) if isinstance(policy.value, Critic) else 0.0
+    return of(policy.lm.base_model) + head + critic
 
 
 def _fixed_work(stage: Stage) -> None:
