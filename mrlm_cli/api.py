@@ -343,8 +343,9 @@ def _run(
     from mrlm_cli.training.stage import Stage
     from mrlm_cli.training.stopping import Stopper
     from mrlm_cli.training.trainer import Trainer
+    from mrlm_cli.training.warned import KeptWarnings
 
-    announce = Announcer(_listeners(plain))
+    announce = Announcer([KeptWarnings(run), *_listeners(plain)])
     with (
         closing(announce),
         Stopper() as stopper,

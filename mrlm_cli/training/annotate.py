@@ -13,6 +13,32 @@ from mrlm_cli.records import Batch
 from mrlm_cli.training.collate import micro_batches
 
 
+class Gap:
+    """|sampler's log-prob − trainer's| of chosen tokens: the price of decoding and scoring being two programs.
+
+    In float32 it must be rounding. `sampler_gap` is its mean, `sampler_gap_max` the largest.
+    """
+
+    def __init__(self) -> None:
+        self._sums = Sums()
+        self._largest = 0.0
+
+    @torch.no_grad()
+    def add(self, batch: Batch, logprobs: torch.Tensor) -> None:
+        """Rows with the log-probs [B,T] that a forward in training gave them."""
+        seen = batch.mask & batch.score
+        gap = torch.where(seen, (batch.logprobs - logprobs).abs(), 0.0)
+        self._sums.add("sampler_gap", gap.sum(), seen.sum())
+        self._largest = max(self._largest, float(gap.max()))
+
+    def sums(self) -> Sums:
+        """What was added so far, as metrics."""
+        found = Sums()
+        found.update(self._sums)
+        found.add("sampler_gap_max", self._largest)
+        return found
+
+
 @torch.no_grad()
 def annotate(
     batch: Batch,
@@ -23,18 +49,23 @@ def annotate(
     temperature: float,
     budget: int,
     phase: Callable[[str, int, int], None],
+    reuse: bool = False,
 ) -> tuple[Batch, Sums]:
     """`batch` with `old_logprobs`, `values`, `final_values` and `ref_logprobs` where they are needed and not there.
 
-    `sampler_gap` compares the sampler's log-probs with these: it is the price of decoding and scoring being two
-    programs, and in float32 it must be rounding.
+    With `reuse` the sampler's log-probs are the old ones, and the gap is left to the update to measure. Without values
+    that saves the policy's whole pass, and with a separate critic too; values on the policy's own trunk need that
+    trunk, so that only its head and the log-softmax are saved.
     """
     asks = needs.reference and batch.ref_logprobs is None
-    if not (needs.old or asks):
+    scores = needs.old and (needs.values or not reuse)
+    if needs.old and reuse:
+        batch = batch.replace(old_logprobs=batch.logprobs)
+    if not (scores or asks):
         return batch, Sums()
     shape = batch.mask.shape
     old = torch.zeros(shape, device=batch.tokens.device)
-    values = torch.zeros_like(old) if needs.values and needs.old else None
+    values = torch.zeros_like(old) if needs.values and scores else None
     final = torch.zeros(shape[0], device=old.device) if values is not None else None
     ref = torch.zeros_like(old) if asks else batch.ref_logprobs
     cuts = micro_batches(batch, budget)
@@ -42,9 +73,15 @@ def annotate(
         phase("scoring", number, len(cuts))
         part = batch.rows(rows)
         width = part.tokens.shape[1]
-        if needs.old:
+        if scores:
             out = policy(
-                part.tokens, part.lengths, part.score, temperature=temperature, entropy=False, values=needs.values
+                part.tokens,
+                part.lengths,
+                part.score,
+                temperature=temperature,
+                entropy=False,
+                logprobs=not reuse,
+                values=needs.values,
             )
             old[rows, :width] = out.logprobs
             if values is not None and final is not None:
@@ -53,13 +90,12 @@ def annotate(
         if asks and ref is not None and reference is not None:
             out = reference(part.tokens, part.lengths, part.score, temperature=temperature, entropy=False, values=False)
             ref[rows, :width] = out.logprobs
-    if not needs.old:
-        return batch.replace(ref_logprobs=ref), Sums()
-    gap = torch.where(batch.mask, (batch.logprobs - old).abs(), 0.0)
-    sums = Sums()
-    sums.add("sampler_gap", gap.sum(), batch.mask.sum())
-    sums.add("sampler_gap_max", gap.max())
-    return batch.replace(old_logprobs=old, values=values, final_values=final, ref_logprobs=ref), sums
+    batch = batch.replace(values=values, final_values=final, ref_logprobs=ref)
+    if reuse or not needs.old:
+        return batch, Sums()
+    gap = Gap()
+    gap.add(batch, old)
+    return batch.replace(old_logprobs=old), gap.sums()
 
 
 def unsound_rows(batch: Batch) -> list[int]:

@@ -14,6 +14,7 @@ from mrlm_cli.metrics import Sums
 from mrlm_cli.records import Progress
 from mrlm_cli.training.annotate import annotate, unsound_rows
 from mrlm_cli.training.collate import collate
+from mrlm_cli.training.contention import Contention
 from mrlm_cli.training.stopping import Stopper, StopRequested
 from mrlm_cli.training.summary import episode_metrics, stored
 from mrlm_cli.training.trainer import Trainer
@@ -28,6 +29,8 @@ def run(trainer: Trainer, stopper: Stopper) -> None:
     """
     steps = trainer.recipe.steps
     saved = trainer.step if trainer.resumed else None
+    assert trainer.recipe.hardware.threads is not None
+    contention = Contention(trainer.recipe.hardware.threads)
     gc.collect()
     gc.freeze()  # what lives by now lives on: the collector need not walk through torch's and transformers' objects
     try:
@@ -39,6 +42,8 @@ def run(trainer: Trainer, stopper: Stopper) -> None:
         while trainer.step < steps:
             iteration(trainer)
             trainer.end_if_given_up()
+            if disturbed := contention.look():
+                trainer.announce.warned(disturbed)
             if trainer.evaluation_due():
                 trainer.evaluate()  # before the checkpoint: it decides which one is the best
             if trainer.checkpoint_due():
@@ -86,6 +91,7 @@ def iteration(trainer: Trainer) -> None:
     else:
         if trainer.cached_reference is not None:
             batch = batch.replace(ref_logprobs=trainer.cached_reference.logprobs(batch, episodes))
+        reuse = trainer.reuses_logprobs(episodes, progress)
         batch, gaps = annotate(
             batch,
             trainer.policy,
@@ -94,6 +100,7 @@ def iteration(trainer: Trainer) -> None:
             temperature=recipe.sampling.temperature,
             budget=recipe.optimizer.tokens_per_micro_batch,
             phase=announce.phase,
+            reuse=reuse,
         )
         if rows := unsound_rows(batch):
             trainer.updater.refuse(
@@ -105,13 +112,14 @@ def iteration(trainer: Trainer) -> None:
             batch, credited = algorithm.credit(batch, progress)
             sums.update(credited)
             scored = time.perf_counter()
-            sums.update(trainer.updater.update(batch, progress))
+            sums.update(trainer.updater.update(batch, progress, reused=reuse))
             trainer.refresh_engine()
     ended = time.perf_counter()
     trainer.step += 1
     if algorithm.needs.sync is not None:
         sums.add("reference_synced", float(trainer.sync_reference()))
     metrics = sums.means()
+    trainer.note_gap(metrics)
     metrics |= {
         "seconds": ended - begun,
         "rollout_seconds": sampled - begun,

@@ -5,6 +5,7 @@
       metrics.jsonl                            one flat line a step
       journal.jsonl                            what clocks and remote judges decided
       resumes.jsonl                            recipe changes of later resumes
+      warnings.jsonl                           what a person was warned of, and when
       episodes/step-000040.jsonl  eval/step-000000.json  checkpoints/
 
 A step's line is on the disk before its checkpoint is. So after a kill the file holds at least the steps of every
@@ -211,6 +212,14 @@ class RunDirectory:
         suffix = "" if split == "validation" else f"-{split}"
         self._write(f"eval/step-{step:06d}{suffix}.json", durable.json_text(data))
 
+    def append_warning(self, text: str) -> None:
+        """Add what a person was warned of. Raises RunDirectoryError if the disk refuses."""
+        row = {"time": _now(), "text": text}
+        try:
+            durable.append(self.path / "warnings.jsonl", durable.json_line(row))
+        except OSError as error:
+            raise RunDirectoryError(f"{self.path / 'warnings.jsonl'} could not be written: {error}") from error
+
     def has_evaluation(self, step: int) -> bool:
         """Whether the validation split was evaluated at `step`."""
         return (self.path / f"eval/step-{step:06d}.json").is_file()
@@ -228,7 +237,7 @@ class RunDirectory:
         old, new = _leaves(yaml.safe_load(self.recipe_yaml())), _leaves(yaml.safe_load(recipe_yaml))
         changed = {key: [old.get(key), new.get(key)] for key in sorted(old | new) if old.get(key) != new.get(key)}
         row = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "time": _now(),
             "command": shlex.join(sys.argv),
             "changed": changed,
         }
@@ -280,6 +289,10 @@ def _close_in_children() -> None:
         _held.clear()
 
     os.register_at_fork(after_in_child=close_held)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _taken(path: Path) -> str:

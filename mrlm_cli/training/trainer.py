@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from mrlm_cli.events import Evaluation
 from mrlm_cli.policy import load
 from mrlm_cli.policy.model import Policy
 from mrlm_cli.recipe.schema import Recipe
-from mrlm_cli.records import Episode
+from mrlm_cli.records import Episode, Progress
 from mrlm_cli.training import checkpoint
 from mrlm_cli.training.announce import Announcer
+from mrlm_cli.training.collate import trainable
 from mrlm_cli.training.dataset import DatasetSource
 from mrlm_cli.training.evaluate import NothingToJudge, evaluate
 from mrlm_cli.training.held_out import evaluate_rows
@@ -49,6 +50,7 @@ class Trainer:
         self.best: dict[str, float] | None = None  # of the steps evaluated and saved: {"step": n, "score": x}
         self._tokenizer = stage.chat.tokenizer
         self._refusal = ""
+        self._gap: float | None = None  # the largest between sampler and trainer, where it was measured last
         self.algorithm: Algorithm = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm)
         # The policy as loaded, before a resume puts later weights in: KL at step 0 is 0.
         self.reference: Policy | None = load.reference(self.policy) if self.algorithm.needs.reference else None
@@ -93,6 +95,35 @@ class Trainer:
         """Give the engine the policy's weights, where it is the engine that makes episodes."""
         if isinstance(self.source, RolloutSource):
             self.engine.load(self.policy.lm)
+
+    def reuses_logprobs(self, episodes: Sequence[Episode], progress: Progress) -> bool:
+        """Whether the sampler's log-probs serve as old ones: in float32, of this very policy, and the gap allows it.
+
+        Not while the update scores nothing that the gap could be measured on.
+        """
+        limit = self.recipe.sampling.reuse_within
+        if self.recipe.hardware.precision != "float32" or self._gap is None or self._gap > limit:
+            return False
+        if limit == 0 or self.recipe.data is not None or self.needs.observed or self.algorithm.value_only(progress):
+            return False
+        chosen = (span for one in episodes if trainable(one) for span in one.spans if span.kind == "chosen")
+        return all(span.policy_step == self.step for span in chosen)
+
+    def note_gap(self, metrics: Mapping[str, float]) -> None:
+        """Remember the gap between sampler and trainer, if these metrics of a step hold it."""
+        gap, limit = metrics.get("sampler_gap_max"), self.recipe.sampling.reuse_within
+        if gap is None:
+            return
+        if (
+            gap > limit > 0
+            and (self._gap is None or self._gap <= limit)
+            and self.recipe.hardware.precision == "float32"
+        ):
+            self.announce.warned(
+                f"step {self.step}: a log-prob of the sampler is {gap:.2g} nats from the trainer's, more than "
+                f"sampling.reuse_within = {limit:g}: log-probs are scored anew until it is less"
+            )
+        self._gap = gap
 
     def evaluation_due(self) -> bool:
         """Whether the policy of this step is evaluated: the first, the last, and every so many."""
@@ -198,6 +229,7 @@ class Trainer:
         self.algorithm.load_state(state["algorithm"])
         self.source.load_state(state["source"])
         self.updater.refused_in_a_row = int(state["refused_in_a_row"])
+        self._gap = state["sampler_gap_max"]
         self.resumed = True
         checkpoint.mark_latest(directory.parent, self.step)
         if self.best is not None and (directory.parent / checkpoint.name(int(self.best["step"]))).is_dir():
@@ -210,6 +242,7 @@ class Trainer:
             "algorithm": self.algorithm.state(),
             "source": self.source.state(),
             "refused_in_a_row": self.updater.refused_in_a_row,
+            "sampler_gap_max": self._gap,
             "reference_sha256": self._reference_sha256,
             "frozen_sha256": self._frozen_sha256,
             "rewards_sha256": self._rewards_sha256,

@@ -13,6 +13,7 @@ from mrlm_cli.metrics import Sums
 from mrlm_cli.policy.model import Policy
 from mrlm_cli.recipe.sections import Optimizer
 from mrlm_cli.records import Batch, Progress
+from mrlm_cli.training.annotate import Gap
 from mrlm_cli.training.collate import micro_batches, unit_rows
 from mrlm_cli.training.optim import Adam
 
@@ -56,10 +57,11 @@ class Updater:
         self._refused = refused  # told of every refusal
         self.refused_in_a_row = 0
 
-    def update(self, batch: Batch, progress: Progress) -> Sums:
+    def update(self, batch: Batch, progress: Progress, *, reused: bool = False) -> Sums:
         """Every optimizer step of an iteration; a refused one leaves the parameters bit for bit as they were.
 
-        Ends early once an algorithm says stop, or `gave_up`.
+        Ends early once an algorithm says stop, or `gave_up`. Where the sampler's log-probs were `reused`, their gap is
+        measured on the forward of the first optimizer step, before it moves anything.
         """
         sums = Sums()
         sums.add("lr", self._adam.schedule(progress))
@@ -71,7 +73,8 @@ class Updater:
             for part in self._minibatches(batch, progress, pass_number):
                 self._phase("update", done + refused + skipped, total)
                 try:
-                    last = self._optimizer_step(part, progress)
+                    gap = Gap() if reused and done == 0 else None
+                    last = self._optimizer_step(part, progress, gap)
                 except Refused as error:
                     refused += 1
                     self.refuse(error)
@@ -83,6 +86,8 @@ class Updater:
                     continue
                 done += 1
                 self.refused_in_a_row = 0
+                if gap is not None:
+                    sums.update(gap.sums())
                 for name, (total_sum, count) in last:
                     if name not in LAST_ONLY:
                         sums.add(name, total_sum, count)
@@ -130,7 +135,7 @@ class Updater:
             for begin, end in pairwise(bounds)
         ]
 
-    def _optimizer_step(self, batch: Batch, progress: Progress) -> Sums:
+    def _optimizer_step(self, batch: Batch, progress: Progress, gap: Gap | None = None) -> Sums:
         # Both denominators are sums over the whole optimizer step, taken before its first backward: the gradient then
         # depends on no micro-batch boundary.
         mass = batch.mass.sum()
@@ -152,6 +157,8 @@ class Updater:
                 logprobs=needs.logprobs and not value_only,
                 value_only=value_only,
             )
+            if gap is not None:
+                gap.add(part, out.logprobs)
             parts, metrics = self._algorithm.loss(out, part, progress)
             loss = parts["mass"] / mass + parts["tokens"] / tokens
             if not torch.isfinite(loss):

@@ -86,8 +86,7 @@ def measure(lm: Any, workload: str, precision: str, arguments: argparse.Namespac
 
 def ragged(rows: int, limit: int, draws: random.Random) -> list[int]:
     """Lengths from 1 to the limit, long ones rare, MEAN of the limit on average."""
-    found = [max(1, math.ceil(limit * draws.betavariate(2 * MEAN, 2 * (1 - MEAN)))) for _ in range(rows)]
-    return found
+    return [max(1, math.ceil(limit * draws.betavariate(2 * MEAN, 2 * (1 - MEAN)))) for _ in range(rows)]
 
 
 def ours(

@@ -1,0 +1,147 @@
+"""The sampler's log-probs as the old ones: only in float32, only while the measured gap allows it, and nothing lost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mrlm_cli.events import Listener
+from mrlm_cli.policy import load
+from mrlm_cli.records import Batch, Completion, Progress
+from mrlm_cli.training import loop
+from mrlm_cli.training.annotate import annotate
+from mrlm_cli.training.collate import collate
+from mrlm_cli.training.trainer import Trainer
+from tests.kit import tiny, trainer
+
+LIMIT = 1e-3
+SAMPLING = {"tasks_per_step": 6, "episodes_per_task": 2, "max_new_tokens": 5, "reuse_within": LIMIT}
+
+
+class Heard(Listener):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warned(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def recipe(algorithm: str = "ppo", **changes: Any) -> Any:
+    fields = {"algorithm": {"type": algorithm}, "sampling": SAMPLING, "steps": 4, **changes}
+    return tiny(**fields)
+
+
+def watch(made: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each iteration reused, in order."""
+    found: list[bool] = []
+    update = made.updater.update
+
+    def seen(batch: Batch, progress: Any, *, reused: bool = False) -> Any:
+        found.append(reused)
+        assert batch.old_logprobs is not None
+        assert torch.equal(batch.old_logprobs, batch.logprobs) == reused
+        return update(batch, progress, reused=reused)
+
+    monkeypatch.setattr(made.updater, "update", seen)
+    return found
+
+
+def rows(made: Trainer) -> list[dict[str, Any]]:
+    return made.run.metrics()
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_after_a_first_scored_step_the_samplers_are_used_and_the_gap_is_still_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    ends = {}
+    for name, limit in (("reused", LIMIT), ("scored", 0.0)):
+        with trainer(tmp_path / name, recipe(algorithm, sampling={**SAMPLING, "reuse_within": limit})) as made:
+            found = watch(made, monkeypatch)
+            for _ in range(3):
+                loop.iteration(made)
+            assert found == [False, limit > 0, limit > 0]
+            assert all(0 < row["sampler_gap"] <= row["sampler_gap_max"] < 1e-4 for row in rows(made))
+            ends[name] = torch.cat([each.detach().flatten() for each in made.policy.parameters()])
+    assert not torch.equal(ends["reused"], ends["scored"])
+    assert torch.allclose(ends["reused"], ends["scored"], atol=1e-4)
+
+
+def test_bfloat16_is_always_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware = {"threads": 1, "device": "cpu", "precision": "bfloat16"}
+    with trainer(tmp_path / "run", recipe(hardware=hardware, sampling={**SAMPLING, "reuse_within": 0.1})) as made:
+        found = watch(made, monkeypatch)
+        for _ in range(2):
+            loop.iteration(made)
+    assert found == [False, False]
+
+
+def test_a_gap_above_the_limit_is_told_and_scored_anew_until_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = Heard()
+    with trainer(tmp_path / "run", recipe(steps=6), heard) as made:
+        found = watch(made, monkeypatch)
+        generate, wrong = made.engine.generate, [0.0, 0.05, 0.05, 0.0, 0.0]
+
+        def off(requests: Any) -> list[Completion]:
+            by = wrong[made.step]
+            return [
+                replace(one, logprobs=tuple(logprob - by for logprob in one.logprobs)) for one in generate(requests)
+            ]
+
+        monkeypatch.setattr(made.engine, "generate", off)
+        for _ in wrong:
+            loop.iteration(made)
+        # The gap of a reused step is seen in its update, so one step is trained on what the sampler said.
+        assert found == [False, True, False, False, True]
+        assert [round(row["sampler_gap_max"], 3) for row in rows(made)] == [0.0, 0.05, 0.05, 0.0, 0.0]
+    assert [text for text in heard.warnings if "reuse_within" in text] == [
+        "step 2: a log-prob of the sampler is 0.05 nats from the trainer's, more than sampling.reuse_within = 0.001: "
+        "log-probs are scored anew until it is less"
+    ]
+
+
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_values_are_those_of_a_full_scoring_and_no_head_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    model = {**tiny().model.model_dump(), "value": {"type": value, "init": "normal"}}
+    with trainer(tmp_path / "run", recipe(model=model)) as made:
+        batch = collate(made.source.episodes(0), "cpu")
+        assert batch is not None
+        given: dict[str, Any] = {"temperature": 1.0, "budget": 64, "phase": lambda *_: None}
+        scored, gaps = annotate(batch, made.policy, None, made.needs, **given)
+        assert gaps
+        monkeypatch.setattr(type(made.policy), "head", None)
+        if value == "separate":
+            monkeypatch.setattr(type(made.policy.lm), "base_model", None)
+        reused, gaps = annotate(batch, made.policy, None, made.needs, **given, reuse=True)
+    assert gaps.means() == {}
+    assert reused.values is not None
+    assert scored.values is not None
+    assert scored.values.abs().max() > 0
+    assert torch.equal(reused.values, scored.values)
+    assert torch.equal(reused.final_values, scored.final_values)  # type: ignore[arg-type]
+
+
+def test_a_resume_goes_on_reusing_with_the_same_bits(tmp_path: Path) -> None:
+    with trainer(tmp_path / "whole", recipe()) as made:
+        for _ in range(2):
+            loop.iteration(made)
+        made.save()
+        for _ in range(2):
+            loop.iteration(made)
+        expected = load.fingerprint(made.policy)
+    with trainer(tmp_path / "again", recipe()) as made:
+        made.load(tmp_path / "whole/checkpoints/step-000002")
+        made.refresh_engine()
+        made.run._steps = 2
+        for _ in range(2):
+            assert made.reuses_logprobs([], Progress(made.step, 4))
+            loop.iteration(made)
+        assert load.fingerprint(made.policy) == expected
