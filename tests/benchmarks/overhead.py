@@ -26,7 +26,7 @@ from rich.console import Console
 from mrlm_cli import api
 from mrlm_cli.events import Listener
 from mrlm_cli.report.dashboard import Dashboard
-from mrlm_cli.training import loop
+from mrlm_cli.training import loop, summary
 from mrlm_cli.training.announce import Announcer
 from mrlm_cli.training.rundir import RunDirectory
 from mrlm_cli.training.stage import Stage, settled
@@ -121,10 +121,10 @@ def _clocks(trainer: Trainer, run: RunDirectory, view: Dashboard, costs: Costs) 
     run.write_episodes = costs.around(  # type: ignore[method-assign]
         "stored episodes: the file", run.write_episodes, lambda *given: None
     )
-    loop.stored = costs.around("stored episodes: rows", loop.stored, lambda *given: [])  # type: ignore[attr-defined]
+    loop.stored = costs.around("stored episodes: rows", summary.stored, lambda *given: [])  # type: ignore[attr-defined]
     # What a step's line must hold for the loop itself is made in both kinds of steps; its cost is counted in one.
     loop.episode_metrics = costs.around(  # type: ignore[attr-defined]
-        "metrics: of the episodes", loop.episode_metrics, loop.episode_metrics
+        "metrics: of the episodes", summary.episode_metrics, summary.episode_metrics
     )
     refresh = view._refresh
 
