@@ -63,6 +63,10 @@ def families() -> dict[str, str]:
     return found
 
 
+def test_what_is_refused_is_there() -> None:
+    assert set(UNUSABLE) <= set(families())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(set(families()) - set(UNUSABLE)))
 def test_every_game_for_one_or_two_is_usable_or_refused(family: str) -> None:

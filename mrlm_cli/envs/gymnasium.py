@@ -88,10 +88,13 @@ class Gymnasium(Environment):
         super().__init__(config)
         if importlib.util.find_spec("gymnasium") is None:
             raise MissingExtra("the environment gymnasium", "gymnasium")
+        self._checked = False
 
     def size(self, split: Split) -> None:
         """There is no end of seeds. Raises UserError for an environment that cannot be made, told or answered."""
-        GymnasiumSession(self.config, 0).close()
+        if not self._checked:  # sizes are asked for often
+            GymnasiumSession(self.config, 0).close()
+            self._checked = True
 
     def task(self, split: Split, index: int) -> Task:
         """Episode number `index` of the split: its seed. Raises ValueError for a negative index."""

@@ -32,7 +32,8 @@ UNUSABLE: dict[str, str] = {
     **dict.fromkeys(("WordChains", "WordLadder", "WordSearch", "Wordle"), _DOWNLOAD),
     **dict.fromkeys(("Debate", "GuessWho", "ScenarioPlanning", "TwentyQuestions"), _NETWORK),
     **dict.fromkeys(("ScorableGames", "UsedCar", "UsedCarNegotiation"), _PARTS),
-    **dict.fromkeys(("Poker", "Santorini"), _ENDLESS),
+    **dict.fromkeys(("HighSociety", "MarketEntryGame", "Poker", "PublicGoodsGame", "Santorini"), _ENDLESS),
+    **dict.fromkeys(("Countdown", "Cryptarithm", "Slitherlink"), "it breaks on replies that are no moves"),
     "BabyAiText": "it needs gym, which Gymnasium has replaced",
 }
 """Games that cannot be played here, by their folder in textarena.envs, and why."""
@@ -42,9 +43,9 @@ class TextArena(Environment):
     """A game of textarena 0.7.4 (extra `textarena`), for one player or for two against each other.
 
     With `seats: 1` the agent is `policy`; with 2 they are `first` and `second` (TextArena's players 0 and 1; who
-    begins is the game's affair), each the learner, a frozen policy or scripted, as the section `agents` says. Of one
-    scripted player the name is `random`: he says one of the texts in square brackets of what he was told last, which
-    is often a move and often a legal one.
+    begins is the game's affair), each the learner, a frozen policy or scripted, as the section `agents` says. One
+    scripted player is there, `random`: what he says is one of the texts in square brackets that he was told last, often
+    a move and often a legal one.
 
     Components: `reward`, what the game pays at its end, 1 for the winner and -1 for the loser, often in [0, 1] where
     one plays alone; `invalid`, 1 for the player whose illegal move ended the game; `exact`, 1 for a reward of 1. What
@@ -85,6 +86,7 @@ class TextArena(Environment):
         super().__init__(config)
         if importlib.util.find_spec("textarena") is None:
             raise MissingExtra("the environment textarena", "textarena")
+        self._checked = False
 
     @classmethod
     def roles(cls, config: Any) -> tuple[str, ...]:
@@ -93,7 +95,9 @@ class TextArena(Environment):
 
     def size(self, split: Split) -> None:
         """There is no end of seeds. Raises UserError for a game that there is not, or that cannot be played."""
-        check(self.config)
+        if not self._checked:  # it plays the game's beginning, and sizes are asked for often
+            check(self.config)
+            self._checked = True
 
     def task(self, split: Split, index: int) -> Task:
         """Game number `index` of the split: its seed. Raises ValueError for a negative index."""

@@ -15,7 +15,8 @@ Three mechanisms, strongest first. Each is tried by running a program that attac
 Covered, by tests that look from outside: no network; the system read-only; a private /tmp of bounded size (in the third
 none); wall time, CPU time, memory, processes and output bounded; no process left behind; nothing of the host's
 environment, files and processes to be read; expected values never inside (results are sent out as values of plain
-types, and compared outside by type and value).
+types, and compared outside by type and value). The slow tests run every attack and every cheat under each mechanism
+that the machine has, and eight hostile programs beside eight honest ones.
 
 Not covered: bugs of the kernel and of the processor (there is no virtual machine); the program reads the interpreter's
 installation and the system's shared libraries, and learns processor, kernel version and clocks; CPU time is limited for
