@@ -18,8 +18,6 @@ from mrlm_cli.envs.conformance import problems
 from mrlm_cli.envs.gymnasium import Gymnasium
 from mrlm_cli.errors import MissingExtra, UserError
 from mrlm_cli.records import Message, Reply, Turn
-from mrlm_cli.training.collate import collate
-from tests.kit import tiny, trainer
 
 GAME = str(Path(__file__).parents[1] / "recipes/my_game.py")
 HERE = str(Path(__file__))
@@ -144,6 +142,9 @@ def test_what_gymnasium_truncates_is_a_limit_and_shows_what_would_follow() -> No
 @pytest.mark.parametrize("truncation", ["terminal", "bootstrap"])
 def test_what_is_truncated_is_bootstrapped_as_the_house_does(truncation: str, tmp_path: Path) -> None:
     """The value after the limit is asked for at the next decision: after the observation that would have been next."""
+    from mrlm_cli.training.collate import collate  # not above: worker processes load this file for its environment
+    from tests.kit import tiny, trainer
+
     fields = {"path": f"{HERE}:Restless", "act_path": f"{HERE}:anything", "success_info": "won"}
     recipe = tiny(
         environments=[{"type": "gymnasium", **fields, "settings": {"max_episode_steps": 2}}],

@@ -23,7 +23,7 @@ from mrlm_cli.records import Message, Reply, Turn
 
 SINGLE = ("GuessTheNumber-v0", "2048-v0", "Mastermind-v0")
 DUELS = ("TicTacToe-v0", "KuhnPoker-v0", "PigDice-v0")
-UNWRITTEN = {"Checkers", "Chess", "IteratedStagHunt", "Klondike", "ReverseTicTacToe", "UltimateTexasHoldem"}
+LONG = {"RushHour", "Sokoban"}  # they search for a solvable start, a good part of a second or more for each
 
 
 def make(game: str, players: int = 1, **settings: object) -> TextArena:
@@ -78,7 +78,8 @@ def test_every_game_for_one_or_two_is_usable_or_refused(family: str) -> None:
         except UserError as error:
             reasons.append(str(error))
             continue
-        assert problems(environment, tasks=3) == []
+        if family not in LONG:
+            assert problems(environment, tasks=3) == []
     assert len(reasons) < 2 or all("layers" in each or "Python" in each for each in reasons), reasons
 
 
@@ -230,6 +231,7 @@ def test_splits_share_no_seed() -> None:
         ({"game": "Debate-v0", "seats": 2}, "models behind a network"),
         ({"game": "GuessTheNumbr-v0"}, "did you mean GuessTheNumber-v0"),
         ({"game": "TicTacToe-v0"}, "does not start with seats: 1: AssertionError"),
+        ({"game": "SpiteAndMalice-v0"}, "it has 2 players"),
         ({"game": "GuessTheNumber-v0", "seats": 2}, "does not start with seats: 2"),
         ({"game": "GuessTheNumber-v0", "settings": {"highest": 3}}, r"TypeError: .*unexpected keyword"),
         *([({"game": "Chess-v0", "seats": 2}, "Python 3.11")] if sys.version_info < (3, 12) else []),

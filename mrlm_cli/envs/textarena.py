@@ -127,6 +127,8 @@ class TextArenaSession:
             self._game = _made(config)
             self._game.reset(num_players=config.seats, seed=seed)
         self._core = _core(self._game)
+        if self._core.state.num_players != config.seats:
+            raise ValueError(f"it has {self._core.state.num_players} players")
 
     def start(self) -> Turn:
         """The rules, for whoever begins."""
