@@ -57,10 +57,6 @@ class Restless(gymnasium.Env):
         return random.randrange(10), 0.25, action == 4, False, {"won": action == 4}
 
 
-def anything(reply: str, environment: Any) -> int:
-    return 3
-
-
 class Boxed(gymnasium.Env):
     observation_space = spaces.Box(0, 1, (2,))
     action_space = spaces.Box(0, 1, (2,))
@@ -137,33 +133,6 @@ def test_what_gymnasium_truncates_is_a_limit_and_shows_what_would_follow() -> No
         assert last.truncated
         assert last.messages
         assert last.rewards["policy"]["exact"] == 0.0
-
-
-@pytest.mark.parametrize("truncation", ["terminal", "bootstrap"])
-def test_what_is_truncated_is_bootstrapped_as_the_house_does(truncation: str, tmp_path: Path) -> None:
-    """The value after the limit is asked for at the next decision: after the observation that would have been next."""
-    from mrlm_cli.training.collate import collate  # not above: worker processes load this file for its environment
-    from tests.kit import tiny, trainer
-
-    fields = {"path": f"{HERE}:Restless", "act_path": f"{HERE}:anything", "success_info": "won"}
-    recipe = tiny(
-        environments=[{"type": "gymnasium", **fields, "settings": {"max_episode_steps": 2}}],
-        algorithm={"type": "ppo", "truncation": truncation},
-        sampling={"tasks_per_step": 2, "max_new_tokens": 24, "max_turns": 5, "stop": list("0123456789")},
-        model={"context": 256},
-    )
-    with trainer(tmp_path / "run", recipe) as made:
-        episodes = made.source.episodes(0)
-    batch = collate(episodes, "cpu")
-    assert batch is not None
-    assert batch.truncated.all()
-    for one in episodes:
-        spoken = [span for span in one.spans if span.kind == "chosen"]
-        assert (one.stop, len(spoken)) == ("turns", 2)
-        assert len(one.transcript.views["policy"]) == 5  # three observations, two replies
-        assert one.rewards[spoken[0].end - 1] == one.rewards[spoken[1].end - 1] == 0.25
-        after = [span.kind for span in one.spans if span.start >= spoken[1].end]
-        assert ("observation" in after) == (truncation == "bootstrap")
 
 
 def test_success_may_be_declared_by_info_and_actions_may_start_anywhere() -> None:
