@@ -146,6 +146,7 @@ RUNS: list[dict[str, Any]] = [
             "aggregation": "constant",
             "constant_length": 8,
         },
+        "model": {"lora": {"rank": 2}},
         "sampling": {"tasks_per_step": 8, "max_tokens": 32, "stop": ["="]},
         "environments": [
             {"type": "arithmetic", "digits": 1},

@@ -25,6 +25,7 @@ EXTRAS = {
     "verifiers",
     "pyarrow",
     "datasets",
+    "peft",
 }
 # package -> (our packages, third parties); a package may always import itself, the base and the standard library
 TABLE: dict[str, tuple[set[str], set[str]]] = {

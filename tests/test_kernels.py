@@ -7,6 +7,7 @@ from torch import nn
 from mrlm_cli.kernels import llama
 from mrlm_cli.kernels.functions import Linear, NormLinear, SwiGLU, gather, spread
 from mrlm_cli.kernels.llama import Rotate, Trunk
+from mrlm_cli.kernels.low_rank import Matrix
 from mrlm_cli.kernels.packing import pack
 from mrlm_cli.kernels.products import FrozenLinear
 from mrlm_cli.policy.trunk import checkpoint_activations
@@ -204,7 +205,7 @@ def test_frozen_products_take_present_weights_when_told(dtype, wide):
     parts = [torch.randn(rows, wide, generator=generator) for rows in (96, 64)]
     biases = [torch.randn(rows, generator=generator) for rows in (96, 64)]
     x = torch.randn(7, wide, generator=generator).to(dtype)
-    frozen = FrozenLinear(parts, biases, dtype)
+    frozen = FrozenLinear([Matrix(part) for part in parts], biases, dtype)
     frozen.load()
 
     def expected():

@@ -1,4 +1,4 @@
-"""Models and this machine: fetch, info."""
+"""Models and this machine: fetch, export, info."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "pydantic", "
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("fetch", rich_help_panel="Models")(fetch)
+    app.command("export", rich_help_panel="Models")(export)
     app.command("info", rich_help_panel="This machine")(info)
 
 
@@ -34,6 +35,21 @@ def fetch(
     from mrlm_cli import api
 
     print(api.fetch(name, to))
+
+
+def export(
+    target: Annotated[str, typer.Argument(help="A run, a checkpoint, or a model's directory.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to make.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="TYPE", help="float32, bfloat16 or float16; by default as stored."),
+    ] = None,
+    best: Annotated[bool, typer.Option("--best", help="The run's best checkpoint instead of its latest.")] = False,
+) -> None:
+    """Write a policy as a plain transformers directory, adapters merged, without its value function."""
+    from mrlm_cli import api
+
+    print(api.export(target, directory, dtype=dtype, best=best))
 
 
 def info(as_json: AsJson = False) -> None:

@@ -27,6 +27,7 @@ EXTRAS = {
     "parquet": ("pyarrow",),
     "hub": ("datasets",),
     "mcp": ("mcp",),
+    "lora": ("peft",),
 }
 
 
@@ -42,6 +43,8 @@ def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:
     from_gguf = isinstance(recipe.model, PretrainedModel) and recipe.model.path.endswith(".gguf")
     if from_gguf and any(importlib.util.find_spec(module) is None for module in EXTRAS["gguf"]):
         raise MissingExtra("reading a GGUF file", "gguf")
+    if recipe.model.lora is not None and importlib.util.find_spec("peft") is None:
+        raise MissingExtra("model.lora", "lora")
     for environment in recipe.environments:  # an environment raises MissingExtra when it is made
         registry.resolve("environments", environment.type, composed.folders)(environment)
     for reward in recipe.rewards:
@@ -81,6 +84,7 @@ def derived_lines(derived: Derived) -> list[str]:
         ("tokens a step, at most", derived.tokens_per_step_at_most, ""),
         ("parameters of the policy", derived.policy_parameters, ""),
         ("parameters of the value function", derived.value_parameters, ""),
+        ("parameters that are trained", derived.trained_parameters, ""),
         ("memory, estimated", derived.memory_estimate_mib, " MiB"),
     ]
     return [

@@ -55,25 +55,32 @@ class Linear(torch.autograd.Function):
 
 
 class NormLinear(torch.autograd.Function):
-    """x [N,H] of the residual stream -> rmsnorm(x) · gain, rounded to c, times weightᵀ [O,H], plus bias: [N,O] in c.
+    """x [N,H] of the residual stream -> (y weightᵀ + bias [N,O], y [N,H]) for y = rmsnorm(x) · gain, both in c.
 
     RMSNorm after Zhang & Sennrich 2019, with the mean square in x's own type: y = x / sqrt(mean(x²) + eps) · gain, and
     dx = r · (dn − n · mean(dn · n)) for n = x · r, r the reciprocal root.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         normed = (x * scale).mul_(gain).to(weight.dtype)
         ctx.save_for_backward(x, gain, weight, scale, normed)
-        return linear(normed, weight, bias)
+        return linear(normed, weight, bias), normed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, gradient: Tensor | None, besides: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
         x, gain, weight, scale, normed = ctx.saved_tensors
-        gradient = gradient.contiguous()
+        gradient = normed.new_zeros(len(x), len(weight)) if gradient is None else gradient.contiguous()
         of_normed = input_gradient(gradient, weight).to(x.dtype)
+        if besides is not None:  # from what else was made of y
+            of_normed = of_normed + besides
         unit = x * scale
         of_gain = (of_normed * unit).sum(0)
         of_unit = of_normed.mul_(gain)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mrlm_cli.kernels.functions import Attention, Fuse, Linear, NormLinear, Spread, SwiGLU, rotate_
+from mrlm_cli.kernels.low_rank import Matrix, adapted, matrix
 from mrlm_cli.kernels.packing import Packing
 
 # Rows up to this long have their attention scores written out; longer ones take the fused kernel.
@@ -27,13 +28,13 @@ class Layer:
     """The parameters of one decoder layer."""
 
     input_norm: nn.Parameter
-    qkv: tuple[nn.Parameter, ...]
+    qkv: tuple[Matrix, ...]
     qkv_bias: tuple[nn.Parameter, ...]
     head_norms: tuple[Any, Any] | None  # Qwen3: norms of each head's queries and keys
-    out: nn.Parameter
+    out: Matrix
     mlp_norm: nn.Parameter
-    gate_up: tuple[nn.Parameter, ...]
-    down: nn.Parameter
+    gate_up: tuple[Matrix, ...]
+    down: Matrix
 
 
 class Trunk:
@@ -108,11 +109,19 @@ class Trunk:
     ) -> Tensor:
         dtype = dtype or x.dtype
         bias = Fuse.apply(dtype, *layer.qkv_bias) if layer.qkv_bias else None
-        projected = NormLinear.apply(x, layer.input_norm, Fuse.apply(dtype, *layer.qkv), bias, self.eps)
+        projected = self._after_norm(x, layer.input_norm, layer.qkv, bias, dtype)
         projected = self.norm_heads(projected, layer)
-        x = x + Linear.apply(self._attend(projected, angles, packing), Fuse.apply(dtype, layer.out))
-        both = NormLinear.apply(x, layer.mlp_norm, Fuse.apply(dtype, *layer.gate_up), None, self.eps)
-        return x + Linear.apply(SwiGLU.apply(both), Fuse.apply(dtype, layer.down))
+        x = x + _product(self._attend(projected, angles, packing), layer.out, dtype)
+        both = self._after_norm(x, layer.mlp_norm, layer.gate_up, None, dtype)
+        return x + _product(SwiGLU.apply(both), layer.down, dtype)
+
+    def _after_norm(
+        self, x: Tensor, gain: Tensor, matrices: tuple[Matrix, ...], bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """x [N,H], normalised, times all `matrices` [N,ΣO_i]."""
+        weight = Fuse.apply(dtype, *(each.weight for each in matrices))
+        product, normed = NormLinear.apply(x, gain, weight, bias, self.eps)
+        return adapted(product, normed, matrices)
 
     def _attend(self, projected: Tensor, angles: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
         heads, kv_heads = self.heads, self.kv_heads
@@ -135,6 +144,11 @@ def plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
 
 
+def _product(x: Tensor, factor: Matrix, dtype: torch.dtype) -> Tensor:
+    """x [N,I] in `dtype` times a matrix and its adapter [N,O]."""
+    return adapted(Linear.apply(x, Fuse.apply(dtype, factor.weight)), x, (factor,))
+
+
 class Rotate(torch.autograd.Function):
     """x [N,heads,d] turned by the angles of cos, sin [N,d/2]."""
 
@@ -154,22 +168,25 @@ class Rotate(torch.autograd.Function):
 
 
 def _layer(layer: Any) -> Layer | None:
-    """The parameters of a decoder layer; None if a linear layer of it is not a plain one or has an unknown bias."""
+    """The parameters of a decoder layer; None if a linear layer of it does something else or has an unknown bias."""
     attention, mlp = layer.self_attn, layer.mlp
     qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
     others = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    if any(type(each) is not nn.Linear for each in (*qkv, *others)) or any(each.bias is not None for each in others):
+    found = [matrix(each) for each in (*qkv, *others)]
+    matrices = [each for each in found if each is not None]
+    if len(matrices) < len(found) or any(each.bias is not None for each in others):
         return None
     biases = tuple(each.bias for each in qkv if each.bias is not None)
     if len(biases) not in (0, 3):
         return None
+    query, key, value, out, gate, up, down = matrices
     return Layer(
         input_norm=layer.input_layernorm.weight,
-        qkv=tuple(each.weight for each in qkv),
+        qkv=(query, key, value),
         qkv_bias=biases,
         head_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
-        out=attention.o_proj.weight,
+        out=out,
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=(mlp.gate_proj.weight, mlp.up_proj.weight),
-        down=mlp.down_proj.weight,
+        gate_up=(gate, up),
+        down=down,
     )

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mrlm_cli.kernels.low_rank import Matrix
+
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 # Below this many multiplications the call costs more than it gains.
 _SMALLEST = 2**22
@@ -53,22 +55,22 @@ def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
 class FrozenLinear:
     """x [N,I] -> x weightᵀ + bias [N,O] in `dtype`, over a copy of the weights laid out once for the fastest product.
 
-    `parts` are matrices [O_i, I] of one width, put on top of one another. `load` takes their present values. Without
-    oneDNN (another device, another type, or a small matrix) nothing is laid out, and a single part in the right type is
-    not even copied. Nothing here is differentiable.
+    `parts` are matrices [O_i, I] of one width, put on top of one another. `load` takes their present values, adapters
+    merged. Without oneDNN (another device, another type, or a small matrix) nothing is laid out, and a single part in
+    the right type without adapter is not even copied. Nothing here is differentiable.
     """
 
-    def __init__(self, parts: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, parts: Sequence[Matrix], biases: Sequence[Tensor], dtype: torch.dtype) -> None:
         self._parts = tuple(parts)
         self._biases = tuple(biases)
         self._dtype = dtype
         self._bias: Tensor | None = None
-        self._weight: Tensor = parts[0]
+        self._weight: Tensor = parts[0].weight
 
     @torch.no_grad()
     def load(self) -> None:
         """Take the present values of the parts."""
-        parts = [part.detach().to(self._dtype) for part in self._parts]
+        parts = [part.merged().detach().to(self._dtype) for part in self._parts]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
         self._bias = torch.cat([bias.detach().to(self._dtype) for bias in self._biases]) if self._biases else None
         self._laid_out = (

@@ -1,14 +1,17 @@
 """Policies from a recipe's model section, and to and from checkpoint directories.
 
-directory/policy/             config, weights in safetensors, tokenizer: loads in plain transformers
-directory/value.safetensors   the value head, or the critic whole; absent without a value function
-directory/critic/             the configuration of a critic's trunk, which may be another than the policy's
+directory/policy/                       config, weights in safetensors, tokenizer: loads in plain transformers; with
+                                        adapters those alone and the tokenizer, as peft has them (see `lora`)
+directory/value.safetensors             the value head, or the critic whole, adapters merged; absent without values
+directory/critic/config.json            the configuration of a critic's trunk, which may be another than the policy's
+directory/critic/trained.safetensors    what is trained of a critic with adapters: a run goes on from these bits
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +21,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mrlm_cli.errors import CheckpointError, UserError
-from mrlm_cli.policy import pretrained, scratch
+from mrlm_cli.policy import lora, pretrained, scratch
 from mrlm_cli.policy.chat import Chat
 from mrlm_cli.policy.model import Policy
 from mrlm_cli.policy.pretrained import model_directory
 from mrlm_cli.policy.trunk import checkpoint_activations
 from mrlm_cli.policy.value import Critic, ValueHead
 from mrlm_cli.recipe.sections import ModelSection, ScratchModel, Value
+from mrlm_cli.recipe.shape import ADAPTER_CONFIG
 
-__all__ = ["build", "fingerprint", "load_weights", "model_directory", "reference", "save"]
+__all__ = ["build", "fingerprint", "load_weights", "model_directory", "reference", "save", "save_base"]
 
 VALUE_FILE = "value.safetensors"
 CRITIC = "critic"
+TRAINED_FILE = "trained.safetensors"
 
 
 def build(
@@ -39,13 +44,18 @@ def build(
 
     What is random (a scratch model, a value head) depends on `seed` alone; the global random state is left as it was.
     Weights are fp32 in allocations of their own. Raises UserError for a model that is not there or of an unsupported
-    kind, CheckpointError for one that cannot be read, MissingExtra for a GGUF file without the extra.
+    kind, CheckpointError for one that cannot be read, MissingExtra for a GGUF file or adapters without their extra.
     """
     lm, tokenizer = _language_model(model, seed)
     width = int(lm.get_input_embeddings().weight.shape[1])
-    value = _value(model.value, lm, width, seed) if values else None
+    value = _value(model.value, lm, width, seed, shares=model.lora is not None) if values else None
     policy = Policy(lm, value, precision=precision, trunk_gradient=model.value.trunk_gradient)
     _check_head(policy)
+    if model.lora is not None:
+        policy.base = lora.Base(_lasting(model), lora.fingerprint(lm))
+        lora.attach(lm, model.lora, scratch.generator(seed, "lora"))
+        if isinstance(value, Critic):
+            lora.attach(value.trunk, model.lora, scratch.generator(seed, "critic lora"))
     if gradient_checkpointing:
         checkpoint_activations(lm)
         if isinstance(value, Critic):
@@ -55,51 +65,89 @@ def build(
     return policy, Chat(tokenizer, model.chat, vocabulary=policy.vocabulary, context=int(context))
 
 
-def save(policy: Policy, tokenizer: Any, directory: Path) -> None:
-    """Write `directory/policy/` and, with a value function, `directory/value.safetensors`. Raises CheckpointError."""
+def save(policy: Policy, tokenizer: Any, directory: Path, *, base: str | None = None) -> None:
+    """Write `directory/policy/` and the files of a value function. Raises CheckpointError.
+
+    `base` is where the base of the adapters lies, if the policy's own does not say; see `save_base`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     try:
         with pretrained.quiet():
-            policy.lm.save_pretrained(directory / "policy")
+            if policy.base is None:
+                policy.lm.save_pretrained(directory / "policy")
+            else:
+                lora.save(policy.lm, directory / "policy", replace(policy.base, path=policy.base.path or base))
             tokenizer.save_pretrained(directory / "policy")
         if policy.value is not None:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.value.named_parameters()}
-            save_file(tensors, directory / VALUE_FILE)
+            _save_tensors(dict(lora.effective(policy.value)), directory / VALUE_FILE)
         if isinstance(policy.value, Critic):
             config: Any = policy.value.trunk.config
             config.save_pretrained(directory / CRITIC)
+            if lora.has_adapters(policy.value):
+                _save_tensors(_trained(policy.value), directory / CRITIC / TRAINED_FILE)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write the policy to {directory}: {error}") from error
+
+
+def save_base(policy: Policy, tokenizer: Any, directory: Path) -> None:
+    """Write what the policy's adapters stand on to `directory`: loads in plain transformers. Raises CheckpointError."""
+    try:
+        with pretrained.quiet():
+            lora.without_adapters(policy.lm).save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write the base of the adapters to {directory}: {error}") from error
 
 
 def load_weights(policy: Policy, directory: Path) -> None:
     """Put the weights that `save` wrote back, bit for bit, in fresh allocations; Parameter objects stay the same.
 
-    Raises CheckpointError if the directory is unreadable or of another model; the policy is then as it was.
+    A policy with adapters takes adapters alone, trained on the base that it has; one without takes them merged. Raises
+    CheckpointError if the directory is unreadable or of another model; the policy is then as it was.
     """
-    lm, _ = pretrained.read(str(directory / "policy"))
-    new = {"lm": dict(lm.named_parameters())}
+    new: list[tuple[dict[str, nn.Parameter], dict[str, Tensor]]] = []
+    if policy.base is None:
+        lm, _ = pretrained.read(str(directory / "policy"))
+        new.append((dict(policy.lm.named_parameters()), dict(lm.named_parameters())))
+    else:
+        new.append((_trained(policy.lm), lora.stored(policy.lm, directory / "policy", policy.base)))
     if policy.value is not None:
-        new["value"] = _value_tensors(directory / VALUE_FILE)
-    for part, tensors in new.items():
-        _check_same(getattr(policy, part), tensors, directory)
-    for part, tensors in new.items():
-        _put(getattr(policy, part), tensors)
+        if lora.has_adapters(policy.value):
+            new.append((_trained(policy.value), _value_tensors(directory / CRITIC / TRAINED_FILE)))
+        else:
+            new.append((dict(policy.value.named_parameters()), _value_tensors(directory / VALUE_FILE)))
+    for parameters, tensors in new:
+        _check_same(parameters, tensors, directory)
+    for parameters, tensors in new:
+        _put(parameters, tensors)
 
 
-def reference(policy: Policy) -> Policy:
-    """A frozen copy of the policy as it stands, without value function."""
-    frozen = Policy(copy.deepcopy(policy.lm), None, precision=policy.precision)
-    return frozen.requires_grad_(False).eval()
+def reference(policy: Policy, *, moves: bool = False) -> Policy:
+    """A frozen policy equal to this one as it was loaded, without value function.
+
+    Of a policy with adapters it is the base without them, its parameters the same objects; only one that `moves` away
+    from there, as a synchronised reference does, has a copy of its own.
+    """
+    lm = policy.lm if policy.base is None else lora.without_adapters(policy.lm)
+    if moves or policy.base is None:
+        lm = copy.deepcopy(lm)
+    return Policy(lm, None, precision=policy.precision).requires_grad_(False).eval()
 
 
 def fingerprint(policy: Policy) -> str:
-    """A sha256 of the language model's weights and their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(policy.lm.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    """A sha256 of the language model's weights and their names; of those under the adapters, where there are some."""
+    return lora.fingerprint(policy.lm) if policy.base is None else policy.base.sha256
+
+
+def _lasting(model: ModelSection) -> str | None:
+    """Where others find the model as it is now: a directory of its own or the hub. A run's checkpoints come and go."""
+    if isinstance(model, ScratchModel) or model.path.endswith(".gguf"):
+        return None
+    place = Path(model.path).expanduser()
+    if not place.exists():
+        return model.path  # a hub id
+    whole = (place / "config.json").is_file() and not (place / ADAPTER_CONFIG).is_file()
+    return str(place.resolve()) if whole and not (place.parent / "state.json").is_file() else None
 
 
 def _language_model(model: ModelSection, seed: int) -> tuple[Any, Any]:
@@ -113,12 +161,13 @@ def _language_model(model: ModelSection, seed: int) -> tuple[Any, Any]:
     return pretrained.read(model.path)
 
 
-def _value(section: Value, lm: Any, width: int, seed: int) -> ValueHead | Critic:
+def _value(section: Value, lm: Any, width: int, seed: int, *, shares: bool) -> ValueHead | Critic:
+    """The value function; where the trunk under it is never trained, it `shares` the policy's parameters."""
     head = ValueHead(width, section.head, section.init, scratch.generator(seed, "value"))
     if section.type == "shared":
         return head
     if section.path is None:
-        trunk = copy.deepcopy(lm.base_model)
+        trunk = lora.without_adapters(lm.base_model) if shares else copy.deepcopy(lm.base_model)
         return Critic(trunk, head)
     place = Path(section.path).expanduser()
     home = model_directory(place).parent if place.is_dir() else place
@@ -136,8 +185,8 @@ def _value(section: Value, lm: Any, width: int, seed: int) -> ValueHead | Critic
     if stored.is_file():
         tensors = _value_tensors(stored)
         target: nn.Module = critic if "head.last.weight" in tensors else critic.head
-        _check_same(target, tensors, stored)
-        _put(target, tensors)
+        _check_same(dict(target.named_parameters()), tensors, stored)
+        _put(dict(target.named_parameters()), tensors)
     return critic
 
 
@@ -163,8 +212,15 @@ def _value_tensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"the value function in {file} cannot be read: {error}") from error
 
 
-def _check_same(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> None:
-    parameters = dict(module.named_parameters())
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+
+
+def _check_same(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], place: Path) -> None:
     for name in sorted({*parameters, *tensors}):
         if name not in tensors:
             raise CheckpointError(f"{place} is of another model: it has no {name}")
@@ -175,7 +231,7 @@ def _check_same(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> N
             raise CheckpointError(f"{place} is of another model: {name} is {there} there and {here} here")
 
 
-def _put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in module.named_parameters():
+def _put(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
         source = tensors[name].detach()
         parameter.data = source.to(parameter.device, parameter.dtype, copy=True).contiguous()

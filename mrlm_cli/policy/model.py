@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mrlm_cli.formulas.logprobs import chunked_logprobs
 from mrlm_cli.kernels.functions import Linear
 from mrlm_cli.kernels.llama import plain_linear
+from mrlm_cli.policy.lora import Base
 from mrlm_cli.policy.trunk import States, run_trunk, scale_gradient
 from mrlm_cli.policy.value import Critic, ValueHead
 from mrlm_cli.records import PolicyOut
@@ -41,6 +42,7 @@ class Policy(nn.Module):
         self.value = value
         self.precision = precision
         self.trunk_gradient = trunk_gradient
+        self.base: Base | None = None  # what the adapters of `lm` stand on, if it has adapters
 
     def forward(
         self,

@@ -17,8 +17,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from mrlm_cli.errors import CheckpointError, UserError
+from mrlm_cli.errors import CheckpointError, MrlmError, UserError
+from mrlm_cli.policy import lora
 from mrlm_cli.policy.fetch import KNOWN, missing
+from mrlm_cli.recipe.shape import ADAPTER_CONFIG, adapter_base
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -34,33 +36,41 @@ def model_directory(path: Path) -> Path:
         raise UserError(missing(path))
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; a model is a directory with config.json and .safetensors, or a .gguf")
-    if (path / "config.json").is_file():
+    if _is_model(path):
         return path
     return checkpoint_directory(path) / "policy"
 
 
 def checkpoint_directory(path: Path) -> Path:
     """The checkpoint that `path` means: a run directory (its latest, else its newest) or a checkpoint itself."""
-    if (path / "policy" / "config.json").is_file():
+    if _is_model(path / "policy"):
         return path
     checkpoints = path / "checkpoints"
     candidates = [checkpoints / "latest", *sorted(checkpoints.glob("step-*"), reverse=True)]
     for candidate in candidates:
-        if (candidate / "policy" / "config.json").is_file():
+        if _is_model(candidate / "policy"):
             return candidate.resolve()
     raise CheckpointError(f"{path} holds no model: neither config.json nor policy/ nor a checkpoint of a run")
+
+
+def _is_model(directory: Path) -> bool:
+    """Whether a directory holds a model, or adapters alone."""
+    return (directory / "config.json").is_file() or (directory / ADAPTER_CONFIG).is_file()
 
 
 def read(path: str) -> tuple[Any, Any]:
     """(causal LM in fp32 and evaluation mode, dropout set to 0; tokenizer) of a directory, a run or a hub id.
 
-    Every parameter and buffer lies in an allocation of its own, whatever file it was mapped from. Raises UserError if
-    there is nothing, CheckpointError if it cannot be read whole.
+    Adapters are merged into their base. Every parameter and buffer lies in an allocation of its own, whatever file it
+    was mapped from. Raises UserError if there is nothing, CheckpointError if it cannot be read whole, MissingExtra for
+    adapters without the extra.
     """
     place = Path(path).expanduser()
     if place.exists():
         directory = model_directory(place)
-        _refuse_pickle(directory)
+        if (directory / ADAPTER_CONFIG).is_file():
+            return _adapted(directory)
+        refuse_pickle(directory)
         source = str(directory)
     elif _is_local(path):
         raise UserError(missing(place))
@@ -93,6 +103,19 @@ def untrained(directory: Path) -> Any:
         config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         without_dropout(config)
         return settled(AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False))
+
+
+def _adapted(directory: Path) -> tuple[Any, Any]:
+    """(the base of the adapters in `directory`, with them merged; the tokenizer beside them, else the base's)."""
+    base = Path(adapter_base(directory)).expanduser()
+    if base.is_dir() and ((base / ADAPTER_CONFIG).is_file() or not (base / "config.json").is_file()):
+        raise CheckpointError(f"the base of the adapters in {directory} must be a whole model, and {base} is none")
+    lm, tokenizer = read(str(base) if base.exists() else adapter_base(directory))
+    with quiet(), _readable(str(directory), True):
+        lm = lora.merge(lm, directory)
+        if (directory / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    return settled(lm), tokenizer
 
 
 def settled(lm: Any) -> Any:
@@ -155,7 +178,8 @@ def _hub_answers() -> bool:
     return True
 
 
-def _refuse_pickle(directory: Path) -> None:
+def refuse_pickle(directory: Path) -> None:
+    """Raises CheckpointError for a directory without safetensors."""
     if any(directory.glob("*.safetensors")):
         return
     for pattern in PICKLES:
@@ -169,6 +193,8 @@ def _readable(source: str, local: bool) -> Iterator[None]:
     """Whatever transformers, safetensors or the file system raise about a model becomes one sentence."""
     try:
         yield
+    except MrlmError:
+        raise
     except Exception as error:  # a border: the readers raise all kinds for a broken file; the cause is kept
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if local:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mrlm_cli import registry
 from mrlm_cli.recipe import shape
@@ -12,6 +13,9 @@ from mrlm_cli.recipe.agents import Frozen, Learner
 from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.recipe.sections import PretrainedModel
 from mrlm_cli.recipe.shape import Shape
+
+if TYPE_CHECKING:
+    from mrlm_cli.algorithms.base import Needs
 
 MIB = 2**20
 _PROCESS = 450 * MIB  # Python, torch and transformers before a model, measured on CPU
@@ -28,6 +32,7 @@ class Derived:
     chosen_tokens_per_step_at_most: int | None
     tokens_per_step_at_most: int | None
     policy_parameters: int | None
+    trained_parameters: int | None  # of the policy and the value function
     value_parameters: int | None
     memory_estimate_mib: int | None
 
@@ -46,9 +51,12 @@ def derive(recipe: Recipe, folders: Sequence[Path] = ()) -> Derived:
         chosen = min(chosen, longest - 1)  # a prompt has at least one token
     needs = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm).needs
     value = None if found is None else shape.value_parameters(recipe.model, found) if needs.values else 0
-    memory = None
-    if found is not None and value is not None and longest is not None:
-        memory = round(_memory(recipe, found, value, longest, needs.reference, episodes) / MIB)
+    memory = policy = trained = None
+    if found is not None and value is not None:
+        policy = found.parameters + shape.adapter_parameters(recipe.model, found)
+        trained = shape.trained_parameters(recipe.model, found, values=needs.values)
+        if longest is not None:
+            memory = round(_memory(recipe, found, needs, longest, episodes) / MIB)
     steps = optimizer.passes * optimizer.minibatches
     sampled = episodes * (1 + sampling.refills) if recipe.algorithm.leaves_groups_out else episodes
     return Derived(
@@ -57,7 +65,8 @@ def derive(recipe: Recipe, folders: Sequence[Path] = ()) -> Derived:
         optimizer_steps=steps * recipe.steps or None,
         chosen_tokens_per_step_at_most=None if chosen is None else sampled * chosen,
         tokens_per_step_at_most=None if longest is None else sampled * longest,
-        policy_parameters=None if found is None else found.parameters,
+        policy_parameters=policy,
+        trained_parameters=trained,
         value_parameters=value,
         memory_estimate_mib=memory,
     )
@@ -80,14 +89,20 @@ def _frozen(recipe: Recipe, found: Shape) -> int:
     return sum(each.parameters for each in shapes if each is not None)
 
 
-def _memory(recipe: Recipe, found: Shape, value: int, longest: int, reference: bool, episodes: int) -> float:
+def _memory(recipe: Recipe, found: Shape, needs: Needs, longest: int, episodes: int) -> float:
     """Bytes at the peak of an iteration: process, weights, gradients, Adam, activations, logits, keys and values.
 
     An estimate, good to a factor of two: what an allocator keeps and a kernel borrows is not counted, nor a single
     episode longer than a micro-batch. Cached episodes are taken to be as long as they may be.
     """
     number = 2 if recipe.hardware.precision == "bfloat16" else 4
-    weights = (found.parameters + value) * (4 + 4 + 8)  # fp32 masters, gradients, two Adam moments
+    model, critic = recipe.model, needs.values and recipe.model.value.type == "separate"
+    held = trained = shape.trained_parameters(model, found, values=needs.values)
+    reference = needs.reference
+    if model.lora is not None:  # one frozen base under policy, reference and critic, unless one has its own
+        held += found.parameters + (found.parameters if critic and model.value.path is not None else 0)
+        reference = needs.reference and needs.sync is not None
+    weights = held * 4 + trained * (4 + 8)  # fp32 masters; gradients and two Adam moments
     copies = found.parameters * ((4 if reference else 0) + (2 if number == 2 else 0))
     copies += _frozen(recipe, found) * (4 + (2 if number == 2 else 0))
     tokens = recipe.optimizer.tokens_per_micro_batch
@@ -95,7 +110,7 @@ def _memory(recipe: Recipe, found: Shape, value: int, longest: int, reference: b
     layers = (
         found.hidden * number * found.layers + layer if recipe.hardware.gradient_checkpointing else layer * found.layers
     )
-    trunks = 2 if value and recipe.model.value.type == "separate" else 1
+    trunks = 2 if critic else 1
     logits = 2 * 4 * min(tokens * found.vocabulary, _CHUNK_LOGITS)  # themselves and their gradient
     cached = (
         0 if recipe.data is not None else min(episodes * longest, getattr(recipe.engine, "max_cached_tokens", 2**63))

@@ -43,6 +43,20 @@ class Chat(Strict):
     """A system message before every conversation that brings none; an empty string gives an empty one, null none."""
 
 
+class Lora(Strict):
+    """Low-rank adapters: only they and the value head are trained; the model's own weights stay as loaded.
+
+    There is no dropout: old and new log-probs of a token would come from different masks.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Rank of every adapter: it adds rank x (inputs + outputs) parameters to each matrix."""
+    alpha: Annotated[float, Field(gt=0, le=65536)] = 32.0
+    """An adapter's product is scaled by alpha / rank, so that the learning rate depends little on the rank."""
+    targets: Strings = ()
+    """Names of the linear layers that get adapters, such as q_proj; empty takes every one but the model's head."""
+
+
 class ScratchModel(Strict):
     """A small Llama-family model with random weights and a built-in tokenizer."""
 
@@ -64,6 +78,8 @@ class ScratchModel(Strict):
     """The alphabet of the `characters` tokenizer; anything else becomes the unknown token."""
     value: Value = Value()
     """The value function."""
+    lora: Lora | None = None
+    """Low-rank adapters instead of training every weight (extra `lora`); null trains every weight."""
     chat: Chat = Chat()
     """How messages become tokens; a scratch model has no template of its own."""
 
@@ -87,6 +103,8 @@ class PretrainedModel(Strict):
     """A local directory, a checkpoint or run directory of mrlm, a `.gguf` file, or a hub id."""
     value: Value = Value()
     """The value function."""
+    lora: Lora | None = None
+    """Low-rank adapters instead of training every weight (extra `lora`); null trains every weight."""
     chat: Chat = Chat()
     """How messages become tokens."""
 

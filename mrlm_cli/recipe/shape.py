@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 from mrlm_cli.errors import CheckpointError
 from mrlm_cli.recipe.sections import PretrainedModel, ScratchModel
 
+ADAPTER_CONFIG = "adapter_config.json"
 SPECIAL_TOKENS = 3  # padding, end and unknown, before the scratch alphabet
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
@@ -32,6 +35,7 @@ class Shape:
     key_width: int  # keys of one token and layer: key-value heads x head width
     vocabulary: int
     context: int | None
+    linear: tuple[tuple[str, int], ...]  # (name of a linear layer, inputs + outputs summed over all layers)
 
 
 def of(model: ScratchModel | PretrainedModel) -> Shape | None:
@@ -39,14 +43,51 @@ def of(model: ScratchModel | PretrainedModel) -> Shape | None:
     if isinstance(model, ScratchModel):
         return _scratch(model)
     directory = _directory(Path(model.path).expanduser())
+    if directory is not None and (directory / ADAPTER_CONFIG).is_file():
+        directory = _directory(Path(adapter_base(directory)).expanduser())
     return None if directory is None else _pretrained(directory)
 
 
+def adapter_base(directory: Path) -> str:
+    """The directory or hub id of the model that the adapters in `directory` stand on.
+
+    A run's own base comes first, so that a run may be moved: runs/x/base for runs/x/checkpoints/step-000040/policy.
+    Raises CheckpointError if there is none.
+    """
+    own = directory.resolve().parents[2] / "base" if len(directory.resolve().parents) > 2 else directory
+    if directory.name == "policy" and (own / "config.json").is_file():
+        return str(own)
+    named = _json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise CheckpointError(f"{directory / ADAPTER_CONFIG} does not say which model its adapters stand on")
+    return named
+
+
 def value_parameters(model: ScratchModel | PretrainedModel, shape: Shape) -> int:
-    """Parameters of the value function: a head of H + 1 (linear), H² + 2H + 1 (mlp), and a critic's own trunk."""
+    """Parameters of the value function: its head and, of a critic, the trunk under it with its adapters."""
+    trunk = shape.parameters - shape.head + adapter_parameters(model, shape)
+    return _head_parameters(model, shape) + (trunk if model.value.type == "separate" else 0)
+
+
+def trained_parameters(model: ScratchModel | PretrainedModel, shape: Shape, *, values: bool) -> int:
+    """Parameters that an optimizer moves, of the policy and, where `values`, of the value function."""
+    if model.lora is None:
+        return shape.parameters + (value_parameters(model, shape) if values else 0)
+    trunks = 2 if values and model.value.type == "separate" else 1
+    return trunks * adapter_parameters(model, shape) + (_head_parameters(model, shape) if values else 0)
+
+
+def _head_parameters(model: ScratchModel | PretrainedModel, shape: Shape) -> int:
+    """H + 1 (linear), H² + 2H + 1 (mlp)."""
     width = shape.hidden
-    head = width + 1 + (width * width + width if model.value.head == "mlp" else 0)
-    return head + (shape.parameters - shape.head if model.value.type == "separate" else 0)
+    return width + 1 + (width * width + width if model.value.head == "mlp" else 0)
+
+
+def adapter_parameters(model: ScratchModel | PretrainedModel, shape: Shape) -> int:
+    """Parameters of the adapters on one trunk: rank x (inputs + outputs) for each linear layer that gets one."""
+    if model.lora is None:
+        return 0
+    return model.lora.rank * sum(size for name, size in shape.linear if name in (model.lora.targets or (name,)))
 
 
 def _scratch(model: ScratchModel) -> Shape:
@@ -54,13 +95,16 @@ def _scratch(model: ScratchModel) -> Shape:
     words = SPECIAL_TOKENS + (256 if model.tokenizer == "bytes" else len(model.characters))
     layer = 4 * width * width + 3 * width * mlp + 2 * width  # attention, gated MLP, two norms; no biases
     parameters = words * width + model.layers * layer + width  # the head is tied to the embedding
-    return Shape(parameters, 0, model.layers, width, mlp, width, words, model.context)
+    square, wide = 2 * width * model.layers, (width + mlp) * model.layers
+    linear = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), square)
+    linear |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), wide)
+    return Shape(parameters, 0, model.layers, width, mlp, width, words, model.context, tuple(sorted(linear.items())))
 
 
 def _directory(path: Path) -> Path | None:
     """The model's directory that a model, checkpoint or run directory means."""
     for candidate in (path, path / "policy", path / "checkpoints" / "latest" / "policy"):
-        if (candidate / "config.json").is_file():
+        if (candidate / "config.json").is_file() or (candidate / ADAPTER_CONFIG).is_file():
             return candidate
     return None
 
@@ -68,9 +112,10 @@ def _directory(path: Path) -> Path | None:
 def _pretrained(directory: Path) -> Shape | None:
     config = _json(directory / "config.json")
     config = config.get("text_config", config)
-    sizes: dict[str, int] = {}
+    shapes: dict[str, list[int]] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        sizes |= _tensors(file)
+        shapes |= _tensors(file)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     hidden = _first(config, "hidden_size", "n_embd")
     layers = _first(config, "num_hidden_layers", "n_layer")
     heads = _first(config, "num_attention_heads", "n_head")
@@ -87,16 +132,26 @@ def _pretrained(directory: Path) -> Shape | None:
         key_width=key_heads * (_first(config, "head_dim") or hidden // heads),
         vocabulary=words,
         context=_first(config, "max_position_embeddings", "n_positions"),
+        linear=_linear(shapes),
     )
 
 
-def _tensors(file: Path) -> dict[str, int]:
-    """Elements of every tensor by name, from the header: 8 bytes of its length, then JSON."""
+def _linear(shapes: Mapping[str, list[int]]) -> tuple[tuple[str, int], ...]:
+    """The matrices inside numbered layers: embeddings and the head stand outside of them."""
+    found: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        if (match := re.search(r"\.\d+\.(?:.+\.)?(\w+)\.weight$", f".{name}")) and len(shape) == 2:
+            found[match[1]] += sum(shape)
+    return tuple(sorted(found.items()))
+
+
+def _tensors(file: Path) -> dict[str, list[int]]:
+    """The shape of every tensor by name, from the header: 8 bytes of its length, then JSON."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(min(length, _LARGEST_HEADER)))
-        return {name: math.prod(header[name]["shape"]) for name in header if name != "__metadata__"}
+        return {name: list(header[name]["shape"]) for name in header if name != "__metadata__"}
     except (OSError, ValueError, TypeError, KeyError, struct.error) as error:
         raise CheckpointError(f"{file} is not a readable safetensors file") from error
 

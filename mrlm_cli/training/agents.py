@@ -158,7 +158,8 @@ def _build(
     agent: agents.Frozen, recipe: Recipe, start: ModelSection, folders: Sequence[Path], check: Callable[[], None]
 ) -> tuple[Policy, Chat, Engine]:
     chat = agent.chat or start.chat
-    model = start if agent.path is None else PretrainedModel(type="pretrained", path=agent.path, chat=chat)
+    as_loaded = start.model_copy(update={"lora": None})
+    model = as_loaded if agent.path is None else PretrainedModel(type="pretrained", path=agent.path, chat=chat)
     policy, door = load.build(
         model,
         seed=recipe.seed,

@@ -7,6 +7,7 @@
       resumes.jsonl                            recipe changes of later resumes
       warnings.jsonl                           what a person was warned of, and when
       episodes/step-000040.jsonl  eval/step-000000.json  checkpoints/
+      base/                                    what adapters stand on, where no other directory holds it
 
 A step's line is on the disk before its checkpoint is. So after a kill the file holds at least the steps of every
 checkpoint, and `rewind` to the one that is resumed leaves exactly its steps.
@@ -22,7 +23,7 @@ import re
 import shlex
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache, cached_property
@@ -130,6 +131,28 @@ class RunDirectory:
                 _held.discard(descriptor)
                 os.close(descriptor)
 
+    def keep_base(self, fill: Callable[[Path], None]) -> Path:
+        """The absolute path of base/, what the run's adapters stand on; `fill(directory)` writes it if it is not there.
+
+        Raises RunDirectoryError if the disk refuses.
+        """
+        target = (self.path / "base").resolve()
+        if target.is_dir():
+            return target
+        building = durable.temporary(target)
+        try:
+            fill(building)
+            durable.sync_tree(building)
+            os.rename(building, target)
+            durable.sync(target.parent)
+        except OSError as error:
+            durable.remove(building)
+            raise RunDirectoryError(f"{target} could not be written: {error}") from error
+        except BaseException:
+            durable.remove(building)
+            raise
+        return target
+
     def recipe_yaml(self) -> str:
         """The text of recipe.yaml. Raises RunDirectoryError if it cannot be read."""
         try:
@@ -187,6 +210,7 @@ class RunDirectory:
         try:
             os.truncate(self._metrics_path, sum(len(line) + 1 for line in kept))
             durable.sync(self._metrics_path)
+            durable.sweep(self.path, target="base")
             durable.sweep(self.path / "episodes")
             durable.sweep(self.path / "eval", durable.STALE_SECONDS)  # an evaluation may be writing without the lock
             for folder in ("episodes", "eval"):

@@ -14,7 +14,7 @@ from mrlm_cli import registry
 from mrlm_cli.algorithms.base import Algorithm
 from mrlm_cli.errors import CheckpointError, NonFiniteError
 from mrlm_cli.events import Evaluation
-from mrlm_cli.policy import load
+from mrlm_cli.policy import load, lora
 from mrlm_cli.policy.model import Policy
 from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.records import Episode, Progress
@@ -53,7 +53,11 @@ class Trainer:
         self._gap: float | None = None  # the largest between sampler and trainer, where it was measured last
         self.algorithm: Algorithm = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm)
         # The policy as loaded, before a resume puts later weights in: KL at step 0 is 0.
-        self.reference: Policy | None = load.reference(self.policy) if self.algorithm.needs.reference else None
+        self.reference: Policy | None = (
+            load.reference(self.policy, moves=self.algorithm.needs.sync is not None)
+            if self.algorithm.needs.reference
+            else None
+        )
         self._reference_sha256 = load.fingerprint(self.reference) if self.reference is not None else None
         self._frozen_sha256 = {role: load.fingerprint(policy) for role, policy in stage.frozen.items()}
         self._rewards_sha256 = stage.scorers.fingerprints()
@@ -143,7 +147,7 @@ class Trainer:
         sync = self.algorithm.needs.sync
         if sync is None or self.reference is None or self.step % sync.every:
             return False
-        policy = dict(self.policy.lm.named_parameters())
+        policy = dict(lora.effective(self.policy.lm))
         for name, parameter in self.reference.lm.named_parameters():
             parameter.lerp_(policy[name], sync.rate)  # a rate of 1 gives the policy's bits
         return True
@@ -186,13 +190,16 @@ class Trainer:
         """Write a checkpoint of this step; returns the step."""
 
         def fill(directory: Path) -> None:
-            load.save(self.policy, self._tokenizer, directory)
+            load.save(self.policy, self._tokenizer, directory, base=base)
             self._adam.save(directory / "optimizer.safetensors")
             if self.reference is not None and self.algorithm.needs.sync is not None:
                 load.save(self.reference, self._tokenizer, directory / "reference")
             (directory / "recipe.yaml").write_text(self.run.recipe_yaml(), encoding="utf-8")
             (directory / "state.json").write_text(json.dumps(self._state(), indent=1), encoding="utf-8")
 
+        base = None
+        if self.policy.base is not None and self.policy.base.path is None:
+            base = str(self.run.keep_base(lambda place: load.save_base(self.policy, self._tokenizer, place)))
         parent = self.run.checkpoints
         path = checkpoint.write(parent, self.step, fill)
         if self.best is not None and self.best["step"] == self.step:

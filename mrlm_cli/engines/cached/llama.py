@@ -1,7 +1,7 @@
 """One forward over slots for models of Llama shape, written out: the same numbers as `Forward`, with less work.
 
-The weights of the linear layers are one copy in the decoding type, laid out for products with few rows; norms,
-embeddings and rotary angles are the model's own, and the residual stream and attention are in their type.
+The weights of the linear layers are one copy in the decoding type, adapters merged, laid out for products with few
+rows; norms, embeddings and rotary angles are the model's own, and the residual stream and attention are in their type.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from mrlm_cli.engines.cached.cache import SlotCache, Write
 from mrlm_cli.kernels.functions import rotate_
 from mrlm_cli.kernels.llama import WRITTEN_OUT, Trunk, plain_linear
+from mrlm_cli.kernels.low_rank import Matrix
 from mrlm_cli.kernels.products import FrozenLinear
 
 
@@ -34,7 +35,7 @@ class LlamaForward:
             )
             for layer in trunk.layers
         ]
-        self._head = FrozenLinear([module.get_output_embeddings().weight], [], dtype)
+        self._head = FrozenLinear([Matrix(module.get_output_embeddings().weight)], [], dtype)
         self.refresh()
 
     @staticmethod
