@@ -6,7 +6,6 @@ Importing this module imports neither torch nor transformers; calling its functi
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -205,34 +204,13 @@ def _evaluated(
 
 
 def export(target: str, directory: Path, *, dtype: str | None = None, best: bool = False) -> str:
-    """Write the policy of a run, a checkpoint or a model's directory as a plain transformers directory.
+    """Write a run's, checkpoint's or directory's policy as a plain transformers directory. UserError, CheckpointError."""
+    from mrlm_cli.training.export import export as write
 
-    Adapters are merged; a model that is whole already is copied, unless `dtype` asks for another type. The directory
-    is there whole or not at all. Returns what was done in words. Raises UserError if the directory exists, there is no
-    such model or type; CheckpointError if it cannot be read; MissingExtra for adapters without the extra.
-    """
-    from mrlm_cli.policy.export import export as write
-    from mrlm_cli.training import durable
-
-    if os.path.lexists(directory):
-        raise UserError(f"{directory} exists already; choose a directory that does not")
     source = Path(target).expanduser()
     if not source.is_dir():
         raise UserError(f"there is no directory {target}; expected a run, a checkpoint or a model's directory")
-    _, checkpoint = _target(source, best)
-    if checkpoint is not None:
-        source = checkpoint / "policy"
-    building = durable.temporary(directory)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        done = write(source, building, dtype)
-        durable.sync_tree(building)
-        os.rename(building, directory)
-    except BaseException:
-        durable.remove(building)
-        raise
-    left_out = checkpoint is not None and (checkpoint / "value.safetensors").is_file()
-    return f"{directory}: {done}" + ("; the value function is left out" if left_out else "")
+    return write(_target(source, best)[1] or source, directory, dtype)
 
 
 def evaluate_script(policy: str, recipe: str, overrides: Sequence[str] = ()) -> Evaluation:

@@ -18,6 +18,7 @@ from mrlm_cli.cli.app import main
 from mrlm_cli.errors import CheckpointError, UserError
 from mrlm_cli.policy import load, lora, pretrained
 from mrlm_cli.policy.scorer import Scorer
+from mrlm_cli.recipe import compose
 from mrlm_cli.recipe.derived import derive
 from mrlm_cli.records import Progress
 from mrlm_cli.training.annotate import annotate
@@ -49,7 +50,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # algorithm, other 
 def recipe(folder: Path, case: str, **changes: Any) -> Any:
     algorithm, own = CASES[case]
     model = {"lora": LORA, **own.get("model", {}), **changes.pop("model", {})}
-    optimizer = {"lr": 1e-2, "tokens_per_micro_batch": 512, "passes": 2}
+    optimizer = {"lr": 1e-2, "tokens_per_micro_batch": 512}
     fields = {"optimizer": optimizer, **own, **changes, "model": model}
     if case in ("sft", "dpo", "reward_model", "scoring_critic"):
         return on_data(folder, algorithm, **fields)
@@ -172,7 +173,7 @@ def test_a_chain_starts_from_merged_adapters_with_no_distance(tmp_path: Path, ag
     model = {"type": "pretrained", "path": str(start), "lora": again}
     merged = logits(pretrained.read(str(start))[0])
     with trainer(tmp_path / "next", recipe(tmp_path, "ppo", model=model, checkpoint={"every": 1})) as made:
-        assert torch.equal(logits(made.policy.lm), merged)
+        torch.testing.assert_close(logits(made.policy.lm), merged, rtol=0, atol=1e-6)
         run(made, Stopper())
         rows = made.run.metrics()
         now = logits(made.policy.lm)
@@ -233,13 +234,17 @@ def test_a_reward_model_with_adapters_scores_and_becomes_a_critic(tmp_path: Path
 
 
 def test_a_run_is_evaluated_by_what_it_learnt(tmp_path: Path) -> None:
-    place = trained(tmp_path, "run", steps=2, evaluate={"every": 1, "tasks": 8, "temperature": 1.0})
+    def by_the_door(name: str, made: Any) -> Path:
+        (tmp_path / f"{name}.yaml").write_text(compose.dump(made))
+        return api.train(api.load_recipe(tmp_path / f"{name}.yaml"), run_dir=tmp_path / name, plain=True)
+
+    place = by_the_door("run", recipe(tmp_path, "ppo", steps=2, evaluate={"every": 1, "tasks": 8}))
     evaluation = api.evaluate(str(place))
     assert (evaluation.step, evaluation.tasks) == (2, 8)
-    rows = trained(tmp_path, "rows", "dpo", data={"validation_share": 0.3})
-    last = json.loads((rows / "eval/step-000003.json").read_text())
-    again = api.evaluate(str(rows))
-    assert again.components["margin"].mean == pytest.approx(last["components"]["margin"]["mean"], abs=1e-6)
+    api.resume(place, ["steps=3"], plain=True)
+    assert api.evaluate(str(place)).step == 3
+    rows = by_the_door("rows", recipe(tmp_path, "dpo", data={"validation_share": 0.3}))
+    assert api.evaluate(str(rows)).components["margin"].mean > 1e-3  # 0 without what was learnt
 
 
 def test_derived_numbers_are_those_of_the_built_model(tmp_path: Path) -> None:
@@ -310,15 +315,18 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     name = next(iter(tensors))
     save_file({key: each for key, each in tensors.items() if key != name}, file)
     refused("do not fit their base")
-    save_file(tensors, file, metadata={"base_sha256": "0"})
+    save_file(tensors, file)
+    sha256 = (policy / lora.BASE_FILE).read_text()
+    (policy / lora.BASE_FILE).write_text("0")
     refused("has changed since, or is another one")
+    (policy / lora.BASE_FILE).write_text(sha256)
     file.write_bytes(b"12345678")
     refused("cannot be read")
     file.unlink()
     refused("holds no adapter_model.safetensors")
     save_file(tensors, file)
     config.write_text(json.dumps({**settings, "peft_type": "IA3"}))
-    refused("only LORA can be merged|cannot be", (UserError, CheckpointError))  # type: ignore[arg-type]
+    refused("only LORA can be merged", UserError)
     shutil.rmtree(place / "base")
     config.write_text(json.dumps({**settings, "base_model_name_or_path": str(policy)}))
     refused("must be a whole model")

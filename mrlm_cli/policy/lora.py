@@ -2,8 +2,8 @@
 
     directory/adapter_config.json, adapter_model.safetensors   as peft.PeftModel.from_pretrained(base, directory) reads
 
-The base is found by `base_model_name_or_path`; the sha256 of its weights lies beside the tensors, so that adapters are
-never put on another base. Left out: dropout, biases, DoRA and other variants, trained embeddings.
+The base is found by `base_model_name_or_path`; the sha256 of its weights lies beside them in base.sha256, so that
+adapters are never put on another base. Left out: dropout, biases, DoRA and other variants, trained embeddings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, its weight the other way round
@@ -30,6 +30,7 @@ from mrlm_cli.recipe.sections import Lora
 from mrlm_cli.recipe.shape import ADAPTER_CONFIG
 
 ADAPTER_FILE = "adapter_model.safetensors"
+BASE_FILE = "base.sha256"
 _NAME = "default"
 _PREFIX = "base_model.model."  # peft's wrapper around the language model
 
@@ -125,7 +126,8 @@ def save(lm: Any, directory: Path, base: Base) -> None:
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     (directory / ADAPTER_CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True), encoding="utf-8")
     tensors = {_file_name(name): tensor.detach().cpu().contiguous() for name, tensor in _parameters(lm).items()}
-    save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt", "base_sha256": base.sha256})
+    save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
+    (directory / BASE_FILE).write_text(base.sha256 + "\n", encoding="utf-8")
 
 
 def stored(lm: Any, directory: Path, base: Base) -> dict[str, Tensor]:
@@ -133,8 +135,8 @@ def stored(lm: Any, directory: Path, base: Base) -> dict[str, Tensor]:
 
     Raises CheckpointError if there are none, or they belong to another base.
     """
-    tensors, sha256 = _read(directory)
-    _check_base(directory, sha256, base.sha256)
+    tensors = _read(directory)
+    _check_base(directory, base.sha256)
     names = {_file_name(name): name for name in _parameters(lm)}
     return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
@@ -146,9 +148,9 @@ def merge(lm: Any, directory: Path) -> Any:
     or that belongs to another base.
     """
     peft = _peft()
-    tensors, sha256 = _read(directory)
-    if sha256 is not None:
-        _check_base(directory, sha256, fingerprint(lm))
+    tensors = _read(directory)
+    if (directory / BASE_FILE).is_file():  # adapters from elsewhere have none
+        _check_base(directory, fingerprint(lm))
     config = peft.PeftConfig.from_pretrained(str(directory))
     if config.peft_type != peft.PeftType.LORA:
         raise UserError(f"{directory} holds adapters of kind {config.peft_type.value}; only LORA can be merged")
@@ -156,7 +158,7 @@ def merge(lm: Any, directory: Path) -> Any:
         adapted = peft.PeftModel.from_pretrained(lm, str(directory), config=config)
     if odd := sorted(peft.get_peft_model_state_dict(adapted).keys() ^ tensors.keys()):
         raise CheckpointError(f"the adapters in {directory} do not fit their base: {odd[0]} is only on one side")
-    return adapted.merge_and_unload()
+    return adapted.merge_and_unload().requires_grad_(True)  # peft has frozen them
 
 
 @contextmanager
@@ -187,21 +189,23 @@ def _file_name(name: str) -> str:
     return _PREFIX + name.replace(f".{_NAME}.", ".")
 
 
-def _read(directory: Path) -> tuple[dict[str, Tensor], str | None]:
-    """(tensors, sha256 of the base if mrlm wrote them) of an adapter directory."""
+def _read(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter directory, by their names in the file."""
     file = directory / ADAPTER_FILE
     if not file.is_file():
         raise CheckpointError(f"{directory} holds no {ADAPTER_FILE}")
     try:
-        with safe_open(file, "pt") as opened:
-            sha256 = (opened.metadata() or {}).get("base_sha256")
-        return load_file(file), sha256
+        return load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the adapters in {file} cannot be read: {error}") from error
 
 
-def _check_base(directory: Path, of_file: str | None, here: str | None) -> None:
-    if of_file != here:
+def _check_base(directory: Path, here: str) -> None:
+    try:
+        then = (directory / BASE_FILE).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory / BASE_FILE} cannot be read: {error}") from error
+    if then != here:
         raise CheckpointError(
             f"{directory}: the model that its adapters were trained on has changed since, or is another one"
         )
