@@ -204,7 +204,7 @@ def _evaluated(
 
 
 def export(target: str, directory: Path, *, dtype: str | None = None, best: bool = False) -> str:
-    """Write a run's, checkpoint's or directory's policy as a plain transformers directory. UserError, CheckpointError."""
+    """Write a run's or directory's policy as a plain transformers directory. Raises UserError, CheckpointError."""
     from mrlm_cli.training.export import export as write
 
     source = Path(target).expanduser()
