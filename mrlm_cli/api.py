@@ -9,19 +9,17 @@ import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrlm_cli import registry
-from mrlm_cli.errors import MrlmError, UserError
+from mrlm_cli.errors import UserError
 from mrlm_cli.events import Collected, Evaluation, Listener, Wanted
 from mrlm_cli.recipe import compose
 from mrlm_cli.recipe.agents import Scripted
 from mrlm_cli.recipe.compose import Composed
 from mrlm_cli.recipe.schema import Recipe
-from mrlm_cli.records import Episode
 
 if TYPE_CHECKING:
     from mrlm_cli.data.load import Loaded
@@ -137,80 +135,16 @@ def evaluate(
     Raises UserError, CheckpointError.
     """
     _import_training()
-    from mrlm_cli.training import targets
+    from mrlm_cli.training import examine
 
-    while True:
-        run, checkpoint = targets.find(Path(target), best)
-        try:
-            return _evaluated(target, run, checkpoint, recipe, overrides)
-        except MrlmError:
-            if checkpoint is None or checkpoint.exists() or not targets.is_run(Path(target)):
-                raise
-            # The process that trains in the run has pruned the checkpoint meanwhile: there is a newer one.
-
-
-def _evaluated(
-    target: str, run: RunDirectory | None, checkpoint: Path | None, recipe: str | None, overrides: Sequence[str]
-) -> Evaluation:
-    from mrlm_cli.envs.host import NoJournal
-    from mrlm_cli.recipe.sections import PretrainedModel
-    from mrlm_cli.training import checkpoint as checkpoints
-    from mrlm_cli.training.evaluate import evaluate as judge
-    from mrlm_cli.training.stage import Stage, settled
-
-    folders = tuple(Path(folder) for folder in run.origin()["folders"]) if run else (Path.cwd(),)
-    if recipe is not None:
-        composed = compose.load(recipe, overrides)
-        folders = composed.folders
-    elif checkpoint is not None:
-        composed = compose.load(checkpoint / "recipe.yaml", overrides, folders=folders)
-    else:
-        what = "brings no recipe" if Path(target).exists() else "is no run or checkpoint here; a model brings no recipe"
-        raise UserError(f"{target} {what}: say which tasks with --recipe RECIPE")
-    loaded = composed.recipe
-    if loaded.data is not None:
-        if checkpoint is None:
-            raise UserError(f"{target} is no run or checkpoint; held-out rows are for those: give a recipe with tasks")
-        evaluation, episodes = _held_out_rows(settled(loaded, folders), folders, checkpoint)
-        if run is not None and recipe is None and not overrides:
-            _keep(run, evaluation, episodes, loaded)
-        return evaluation
-    step = checkpoints.state(checkpoint)["step"] if checkpoint else 0
-    path = str(checkpoint / "policy") if checkpoint else target
-    model = PretrainedModel(type="pretrained", path=path, chat=loaded.model.chat)
-    with Stage(
-        settled(loaded.model_copy(update={"model": model})),
-        folders,
-        journal=NoJournal(),
-        check=lambda: None,
-        phase=lambda name, done, total: None,
-        values=False,
-        start=loaded.model,
-    ) as stage:
-        stage.engine.load(stage.policy.lm)
-        evaluation, episodes = judge(
-            stage.rollout(bootstrap=False),
-            stage.environments,
-            loaded.evaluate,
-            split="test",
-            seed=loaded.seed,
-            step=step,
-            checkpoint=str(checkpoint or target),
-            findings=stage.findings(),
-        )
-    if run is not None and recipe is None and not overrides:
-        _keep(run, evaluation, episodes, loaded)
-    return evaluation
+    return examine.examine(target, recipe, overrides, best)
 
 
 def export(target: str, directory: Path, *, dtype: str | None = None, best: bool = False) -> str:
     """Write a run's or directory's policy as a plain transformers directory. Raises UserError, CheckpointError."""
     from mrlm_cli.training.export import export as write
 
-    source = Path(target).expanduser()
-    if not source.is_dir():
-        raise UserError(f"there is no directory {target}; expected a run, a checkpoint or a model's directory")
-    return write(_target(source, best)[1] or source, directory, dtype)
+    return write(Path(target).expanduser(), directory, dtype, best)
 
 
 def evaluate_script(policy: str, recipe: str, overrides: Sequence[str] = ()) -> Evaluation:
@@ -315,25 +249,6 @@ def _import_training() -> None:
     finally:
         if resting:
             gc.enable()
-
-
-def _keep(run: RunDirectory, evaluation: Evaluation, episodes: Sequence[Episode], recipe: Recipe) -> None:
-    from mrlm_cli.training.summary import stored
-
-    run.write_evaluation(evaluation.step, {**asdict(evaluation), "episodes": stored(episodes, recipe.report.episodes)})
-
-
-def _held_out_rows(recipe: Recipe, folders: Sequence[Path], checkpoint: Path) -> tuple[Evaluation, list[Episode]]:
-    """The checkpoint of a run on data, judged on its held-out rows, against the model that the run started at.
-
-    Raises UserError if the recipe holds nothing out, or the model is not there any more.
-    """
-    from mrlm_cli.envs.host import NoJournal
-    from mrlm_cli.training import held_out
-    from mrlm_cli.training.stage import Stage
-
-    with Stage(recipe, folders, journal=NoJournal(), check=lambda: None, phase=lambda name, done, total: None) as stage:
-        return held_out.of_checkpoint(stage, recipe, folders, checkpoint)
 
 
 def _run(

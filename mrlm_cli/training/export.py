@@ -11,23 +11,25 @@ import torch
 from mrlm_cli.errors import UserError
 from mrlm_cli.policy import load, pretrained
 from mrlm_cli.recipe.shape import ADAPTER_CONFIG
-from mrlm_cli.training import durable
+from mrlm_cli.training import durable, targets
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export(source: Path, directory: Path, dtype: str | None) -> str:
-    """Write the model of `source`, a checkpoint or a model's directory; returns what was done in words.
+def export(target: Path, directory: Path, dtype: str | None, best: bool) -> str:
+    """Write the model of a run, a checkpoint or a model's directory; returns what was done in words.
 
     A whole model's files are copied as they are, unless `dtype` asks for another type; adapters are merged into their
     base in float32. `directory` is there whole or not at all. Raises UserError if it exists or the type is unknown, and
-    what `pretrained.read` raises.
+    what `targets.find` and `pretrained.read` raise.
     """
     if os.path.lexists(directory):
         raise UserError(f"{directory} exists already; choose a directory that does not")
     if dtype is not None and dtype not in TYPES:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(TYPES)}")
-    place = pretrained.model_directory(source)
+    if not target.is_dir():
+        raise UserError(f"there is no directory {target}; expected a run, a checkpoint or a model's directory")
+    place = pretrained.model_directory(targets.find(target, best)[1] or target)
     building = durable.temporary(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
