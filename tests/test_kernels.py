@@ -96,6 +96,23 @@ def test_checkpointing_changes_nothing(written_out, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_weights_converted_once_change_no_bit_and_are_not_remembered(precision):
+    given = batch()
+    made = policy("qwen2", precision=precision)
+    plain = outcome(made, *given)
+    with made.steady():
+        twice = [outcome(made, *given) for _ in range(2)]
+    assert all(torch.equal(one, other) for found in twice for one, other in zip(plain, found, strict=True))
+    with torch.no_grad():
+        for each in made.lm.parameters():
+            each.mul_(1.1)
+    moved = outcome(made, *given)
+    with made.steady():
+        assert all(torch.equal(one, other) for one, other in zip(moved, outcome(made, *given), strict=True))
+    assert not torch.equal(moved[0], plain[0])
+
+
 @pytest.mark.parametrize("written_out", [llama.WRITTEN_OUT, 0])
 def test_a_row_knows_nothing_of_its_neighbours(written_out, monkeypatch):
     """Whatever else is in the batch, shared beginnings included, a row's results are its own."""

@@ -7,6 +7,9 @@ with weight matrices, and what lies between two of them in the MLP, are in c.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,17 +19,52 @@ from torch.autograd.function import once_differentiable
 from mrlm_cli.kernels.packing import Packing
 from mrlm_cli.kernels.products import input_gradient, linear, weight_gradient
 
+_steady: ContextVar[dict[tuple[Any, ...], tuple[Tensor, tuple[Tensor, ...]]] | None] = ContextVar(
+    "steady", default=None
+)
+
+
+@contextmanager
+def steady() -> Iterator[None]:
+    """Inside, the caller changes no parameter: `fused` makes each matrix once instead of for every micro-batch.
+
+    What is made is let go at the end.
+    """
+    token = _steady.set({})
+    try:
+        yield
+    finally:
+        _steady.reset(token)
+
+
+def fused(dtype: torch.dtype, *parts: Tensor) -> Tensor:
+    """Matrices [O_i, I] of one width -> one matrix [ΣO_i, I] in another type; gradients go back in their own types."""
+    if len(parts) == 1 and parts[0].dtype == dtype:
+        return parts[0]
+    held = _steady.get()
+    if held is None:
+        return Fuse.apply(_joined(dtype, parts), *parts)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+    key = (dtype, *map(id, parts))
+    if key not in held:
+        held[key] = _joined(dtype, parts), parts  # parts that live cannot lend their id to others
+    return Fuse.apply(held[key][0], *parts)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+
+
+@torch.no_grad()
+def _joined(dtype: torch.dtype, parts: tuple[Tensor, ...]) -> Tensor:
+    joined = parts[0].new_empty((sum(len(part) for part in parts), *parts[0].shape[1:]), dtype=dtype)
+    for piece, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
+        piece.copy_(part)
+    return joined
+
 
 class Fuse(torch.autograd.Function):
-    """Matrices [O_i, I] of one width -> one matrix [ΣO_i, I] in another type; gradients go back in their own types."""
+    """`joined`, which holds the values of `parts` on top of one another, with gradients for the parts."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, joined: Tensor, *parts: Tensor) -> Tensor:
         ctx.parts = [(len(part), part.dtype) for part in parts]
-        fused = parts[0].new_empty((sum(len(part) for part in parts), *parts[0].shape[1:]), dtype=dtype)
-        for piece, part in zip(fused.split([len(part) for part in parts]), parts, strict=True):
-            piece.copy_(part)
-        return fused
+        return joined.detach()
 
     @staticmethod
     @once_differentiable

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mrlm_cli.kernels.functions import Attention, Fuse, Linear, NormLinear, Spread, SwiGLU, rotate_
+from mrlm_cli.kernels.functions import Attention, Linear, NormLinear, Spread, SwiGLU, fused, rotate_
 from mrlm_cli.kernels.low_rank import Matrix, adapted, matrix
 from mrlm_cli.kernels.packing import Packing
 
@@ -108,7 +108,7 @@ class Trunk:
         self, layer: Layer, x: Tensor, angles: tuple[Tensor, Tensor], packing: Packing, dtype: torch.dtype | None
     ) -> Tensor:
         dtype = dtype or x.dtype
-        bias = Fuse.apply(dtype, *layer.qkv_bias) if layer.qkv_bias else None
+        bias = fused(dtype, *layer.qkv_bias) if layer.qkv_bias else None
         projected = self._after_norm(x, layer.input_norm, layer.qkv, bias, dtype)
         projected = self.norm_heads(projected, layer)
         x = x + _product(self._attend(projected, angles, packing), layer.out, dtype)
@@ -119,7 +119,7 @@ class Trunk:
         self, x: Tensor, gain: Tensor, matrices: tuple[Matrix, ...], bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         """x [N,H], normalised, times all `matrices` [N,ΣO_i]."""
-        weight = Fuse.apply(dtype, *(each.weight for each in matrices))
+        weight = fused(dtype, *(each.weight for each in matrices))
         product, normed = NormLinear.apply(x, gain, weight, bias, self.eps)
         return adapted(product, normed, matrices)
 
@@ -146,7 +146,7 @@ def plain_linear(module: nn.Module) -> bool:
 
 def _product(x: Tensor, factor: Matrix, dtype: torch.dtype) -> Tensor:
     """x [N,I] in `dtype` times a matrix and its adapter [N,O]."""
-    return adapted(Linear.apply(x, Fuse.apply(dtype, factor.weight)), x, (factor,))
+    return adapted(Linear.apply(x, fused(dtype, factor.weight)), x, (factor,))
 
 
 class Rotate(torch.autograd.Function):

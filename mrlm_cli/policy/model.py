@@ -6,13 +6,14 @@ hidden[length-1]                 ->  final_values = V(tokens[:length])
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mrlm_cli.formulas.logprobs import chunked_logprobs
-from mrlm_cli.kernels.functions import Linear
+from mrlm_cli.kernels.functions import Linear, steady
 from mrlm_cli.kernels.llama import plain_linear
 from mrlm_cli.policy.lora import Base
 from mrlm_cli.policy.trunk import States, run_trunk, scale_gradient
@@ -96,6 +97,10 @@ class Policy(nn.Module):
             out_values = _scatter(head(states.at(row, column - 1)), row, column, tokens)
             final_values = head(states.at(every, last))
         return PolicyOut(out_logprobs, out_entropy, out_values, final_values)
+
+    def steady(self) -> AbstractContextManager[None]:
+        """Inside, the caller changes no parameter: weights are converted once, not for every micro-batch."""
+        return steady()
 
     @property
     def vocabulary(self) -> int:

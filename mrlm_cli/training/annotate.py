@@ -69,27 +69,30 @@ def annotate(
     final = torch.zeros(shape[0], device=old.device) if values is not None else None
     ref = torch.zeros_like(old) if asks else batch.ref_logprobs
     cuts = micro_batches(batch, budget)
-    for number, rows in enumerate(cuts):
-        phase("scoring", number, len(cuts))
-        part = batch.rows(rows)
-        width = part.tokens.shape[1]
-        if scores:
-            out = policy(
-                part.tokens,
-                part.lengths,
-                part.score,
-                temperature=temperature,
-                entropy=False,
-                logprobs=not reuse,
-                values=needs.values,
-            )
-            old[rows, :width] = out.logprobs
-            if values is not None and final is not None:
-                values[rows, :width] = out.values
-                final[rows] = out.final_values
-        if asks and ref is not None and reference is not None:
-            out = reference(part.tokens, part.lengths, part.score, temperature=temperature, entropy=False, values=False)
-            ref[rows, :width] = out.logprobs
+    with policy.steady():
+        for number, rows in enumerate(cuts):
+            phase("scoring", number, len(cuts))
+            part = batch.rows(rows)
+            width = part.tokens.shape[1]
+            if scores:
+                out = policy(
+                    part.tokens,
+                    part.lengths,
+                    part.score,
+                    temperature=temperature,
+                    entropy=False,
+                    logprobs=not reuse,
+                    values=needs.values,
+                )
+                old[rows, :width] = out.logprobs
+                if values is not None and final is not None:
+                    values[rows, :width] = out.values
+                    final[rows] = out.final_values
+            if asks and ref is not None and reference is not None:
+                out = reference(
+                    part.tokens, part.lengths, part.score, temperature=temperature, entropy=False, values=False
+                )
+                ref[rows, :width] = out.logprobs
     batch = batch.replace(values=values, final_values=final, ref_logprobs=ref)
     if reuse or not needs.old:
         return batch, Sums()

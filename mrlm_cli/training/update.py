@@ -146,26 +146,27 @@ class Updater:
         needs = self._algorithm.needs
         sums = Sums()
         self._adam.zero()
-        for rows in micro_batches(batch, self._settings.tokens_per_micro_batch):
-            part = batch.rows(rows)
-            out = self._policy(
-                part.tokens,
-                part.lengths,
-                part.score,
-                temperature=self._temperature,
-                entropy=needs.entropy,
-                logprobs=needs.logprobs and not value_only,
-                value_only=value_only,
-            )
-            if gap is not None:
-                gap.add(part, out.logprobs)
-            parts, metrics = self._algorithm.loss(out, part, progress)
-            loss = parts["mass"] / mass + parts["tokens"] / tokens
-            if not torch.isfinite(loss):
-                self._adam.zero()
-                raise Refused(f"a loss of {loss.item()}", _culprits(out.logprobs, out.values, part))
-            loss.backward()
-            sums.update(metrics)
+        with self._policy.steady():
+            for rows in micro_batches(batch, self._settings.tokens_per_micro_batch):
+                part = batch.rows(rows)
+                out = self._policy(
+                    part.tokens,
+                    part.lengths,
+                    part.score,
+                    temperature=self._temperature,
+                    entropy=needs.entropy,
+                    logprobs=needs.logprobs and not value_only,
+                    value_only=value_only,
+                )
+                if gap is not None:
+                    gap.add(part, out.logprobs)
+                parts, metrics = self._algorithm.loss(out, part, progress)
+                loss = parts["mass"] / mass + parts["tokens"] / tokens
+                if not torch.isfinite(loss):
+                    self._adam.zero()
+                    raise Refused(f"a loss of {loss.item()}", _culprits(out.logprobs, out.values, part))
+                loss.backward()
+                sums.update(metrics)
         norm = self._adam.clip()
         if not torch.isfinite(norm):
             self._adam.zero()
