@@ -28,3 +28,12 @@ def test_shuffled_rewards_teach_nothing(tmp_path: Path) -> None:
     assert [one.step for one in evaluations] == [0, 100]
     assert evaluations[-1].components["exact"].mean < 0.01
     assert evaluations[-1].reward.mean < 0.35
+
+
+def test_reward_lifts_what_forty_demonstrations_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the second recipe finds the first one's run
+    start = api.train(api.load_recipe("sort_sft"), plain=True)
+    before = api.evaluate(str(start), recipe="sort_grpo").components["exact"]
+    after = api.evaluate(str(api.train(api.load_recipe("sort_grpo"), plain=True))).components["exact"]
+    assert 0.1 < before.mean < 0.6
+    assert after.low > before.high + 0.1
