@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import random
 import re
 from collections import Counter
 
@@ -124,8 +125,30 @@ def test_splits_share_no_question_even_of_a_small_task():
     environment = make("coin_flip")
     seen = {split: {environment.canonical(environment.task(split, i)) for i in range(150)} for split in SPLITS}
     assert sum(map(len, seen.values())) == len(set().union(*seen.values()))
-    blocks = {split: {environment.task(split, i).data["block"] for i in range(150)} for split in SPLITS}
-    assert sum(map(len, blocks.values())) == len(set().union(*blocks.values())) == 450
+    drawn = [
+        (task.data["block"], task.data["place"])
+        for split in SPLITS
+        for task in (environment.task(split, i) for i in range(150))
+    ]
+    assert len(set(drawn)) == 450  # no two from the same draw
+
+
+def test_a_task_that_draws_from_the_global_generator_asks_the_same_again():
+    environment = make("list_functions")
+    before = random.getstate()
+    for index in range(40):  # one in seventeen is of the kind that does
+        task = environment.task("train", index)
+        assert environment.task("train", index) == task
+        environment.open(task, 0)
+    assert random.getstate() == before
+
+
+def test_questions_share_datasets_which_take_long_to_make():
+    environment = make("coin_flip")
+    reasoning._dataset.cache_clear()
+    for index in range(2 * reasoning.TOGETHER):
+        environment.task("train", index)
+    assert reasoning._dataset.cache_info().misses == 2
 
 
 class Scorer:

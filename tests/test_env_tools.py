@@ -390,3 +390,30 @@ def test_search_finds_what_fits() -> None:
     assert held.answer("search", {"query": "dun"}).splitlines()[-1].startswith("- ")
     assert set(held.answer("search", {"query": "DUN!"}).splitlines()) == {"- Dun.", "- Rivers of Dun, Dun itself."}
     assert held.answer("search", {"query": "submarine"}) == "(no document has these words)"
+
+
+def test_the_prompt_is_the_recipes_own() -> None:
+    environment = make(kinds=["notes"], calls=2, prompt="{instruction} | {tools} | {question} {tool}")
+    task = environment.task("train", 0)
+    (turn,) = talk(environment)
+    instruction, listed, asked = turn.messages[0].content.split(" | ")
+    assert asked == f"{task.data['question']} {{tool}}"
+    assert instruction.startswith("Use tools in at most 2 replies.")
+    assert listed.startswith("You have these tools:") and '"read_note"' in listed
+    (bare,) = talk(make(kinds=["notes"], prompt="{question}"))
+    assert bare.messages[0].content == task.data["question"]
+    (template,) = talk(make(kinds=["notes"], style="template", prompt="{tools}{question}"))
+    assert template.messages[0].content == task.data["question"] and template.tools
+    with pytest.raises(ValueError, match="prompt must contain"):
+        make(prompt="{tools}")
+
+
+def test_what_tools_say_can_be_withheld() -> None:
+    """Calls are checked as always; right ones tell nothing."""
+    environment = make(kinds=["calculate"], withheld=True)
+    asked, answer = environment.oracle(environment.task("train", 0))
+    turns = talk(environment, reply(asked), reply(call("calculator", expression="1 +")), reply(answer))
+    assert "(withheld)" in turns[1].messages[0].content
+    assert environment.task("train", 0).data["answer"] not in turns[1].messages[0].content
+    assert "error" in turns[2].messages[0].content
+    assert turns[3].rewards["policy"]["correct"] == 1 and turns[3].facts == {"calls": 2, "wrong_calls": 1}

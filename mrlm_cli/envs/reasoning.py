@@ -13,8 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from mrlm_cli.draws import draw_key
+from mrlm_cli.draws import draw_key, integer
 from mrlm_cli.envs.base import Environment
+from mrlm_cli.envs.global_random import OwnRandom
 from mrlm_cli.envs.math_answers import extract
 from mrlm_cli.envs.reasoning_answers import harmless
 from mrlm_cli.envs.single import SingleReply
@@ -23,6 +24,7 @@ from mrlm_cli.records import Reply, Split, Task
 from mrlm_cli.strict import EnvironmentSettings
 
 ATTEMPTS = 64  # entries that are looked through for one of the wanted split; 0.8 ** 64 is below one in a million
+TOGETHER = 32  # questions of a split that share a dataset: to make one takes some tasks half a second
 LONGEST = 20_000  # characters of an answer that a scorer is shown; no right answer comes near
 JUNK = ("", "lorem ipsum dolor", "[]", "{}")  # answers that say nothing: what they earn is worth nothing
 CONSOLATION = 0.05  # what many scorers pay for any answer of the right type; no more than this is worth nothing
@@ -130,8 +132,9 @@ class Reasoning(Environment):
         if index < 0:
             raise ValueError(f"{split} has no task {index}")
         name = self._drawn(split, index)
-        block = index * len(_SPLITS) + _SPLITS.index(split)
-        for place in range(ATTEMPTS):
+        block = index // TOGETHER * len(_SPLITS) + _SPLITS.index(split)
+        first = index % TOGETHER * ATTEMPTS
+        for place in range(first, first + ATTEMPTS):
             entry = self._entry(name, block, place)
             if split_of(entry["question"]) == split:
                 data = {"task": name, "block": block, "place": place, "question": entry["question"]}
@@ -185,7 +188,9 @@ class Reasoning(Environment):
         return names[-1]  # where rounding left a little over
 
     def _entry(self, name: str, block: int, place: int) -> dict[str, Any]:
-        entry: dict[str, Any] = self._dataset(name, block)[place]
+        dataset = self._dataset(name, block)
+        with OwnRandom(integer(2**63, "reasoning", name, block, place)):  # some draw from the global generators too
+            entry: dict[str, Any] = dataset[place]
         return entry
 
     def _dataset(self, name: str, block: int) -> Any:
@@ -233,11 +238,12 @@ def _names() -> set[str]:
 
 @lru_cache(maxsize=256)
 def _dataset(name: str, block: int, settings: tuple[tuple[str, Any], ...]) -> Any:
-    """Entries number 0 to 63 of a seed of their own. Raises UserError for wrong parameters."""
+    """Entries of a seed of their own, enough for a block of questions. Raises UserError for wrong parameters."""
     import reasoning_gym
 
+    size = TOGETHER * ATTEMPTS
     try:
-        # An entry is drawn from seed + place, so that blocks of 64 share no draw.
-        return reasoning_gym.create_dataset(name, seed=block * ATTEMPTS, size=ATTEMPTS, **dict(settings))
+        # An entry is drawn from seed + place, so that blocks of this size share no draw.
+        return reasoning_gym.create_dataset(name, seed=block * size, size=size, **dict(settings))
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"reasoning-gym refuses the settings of {name}: {error or type(error).__name__}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,6 +25,8 @@ from mrlm_cli.strict import EnvironmentSettings, Strings
 
 ToolName = Literal["calculator", "python", "search", "notes", "files"]
 _ASK = "Give the final answer between <answer> and </answer>."
+_HOLE = re.compile(r"\{(?:tools|question|instruction)\}")
+_WITHHELD = "(withheld)"
 
 
 class Tools(Environment):
@@ -64,6 +67,11 @@ class Tools(Environment):
         """MCP servers (extra `mcp`), whose tools are offered as well: [{command: [python, ./my_server.py]}]."""
         style: Literal["tagged", "template"] = "tagged"
         """Calls as the prompt explains them, or as the model's own chat template does."""
+        prompt: Annotated[str, Field(min_length=1, max_length=10_000)] = "{tools}{question} {instruction}"
+        """The first message: `{tools}` stands for the list of tools and how they are called (empty with style
+        template), `{question}` for the question, `{instruction}` for the limit of calls and the form of the answer."""
+        withheld: bool = False
+        """Keep back what the tools say, as a control: calls are made and checked, and answered with `(withheld)`."""
         calls: Annotated[int, Field(ge=1, le=100)] = 3
         """Replies with calls, right or wrong; sampling.max_turns must be above it."""
         sandbox: SandboxSettings = SandboxSettings()
@@ -77,6 +85,8 @@ class Tools(Environment):
             for name in self.functions:
                 if ":" not in name:
                     raise ValueError(f"functions: expected ./file.py:name or package.module:name, got {name!r:.80}")
+            if "{question}" not in self.prompt:
+                raise ValueError("prompt must contain {question}")
             if self.path is not None and not (self.tools or self.functions or self.mcp):
                 raise ValueError("path brings tasks alone; say with tools, functions or mcp what solves them")
             return self
@@ -182,16 +192,20 @@ class ToolSession:
     def start(self) -> Turn:
         """The question, with the tools as the style says."""
         schemas = tuple(tool.schema for tool in self._box.tools.values())
-        asked = f"{self._task.question} Use tools in at most {self._config.calls} replies. {_ASK}"
-        if self._config.style == "template":
-            return Turn(messages=(Message("user", asked),), tools=schemas)
-        listed = "\n".join(json.dumps(schema["function"]) for schema in schemas)
-        text = (
-            f"You have these tools:\n{listed}\nTo use one, answer with "
-            f'{tool_calls.OPEN}{{"name": "…", "arguments": {{…}}}}{tool_calls.CLOSE} and nothing else.\n'
-            f"{asked}"
-        )
-        return Turn(messages=(Message("user", text),))
+        listed = ""
+        if self._config.style == "tagged":
+            lines = "\n".join(json.dumps(schema["function"]) for schema in schemas)
+            listed = (
+                f"You have these tools:\n{lines}\nTo use one, answer with "
+                f'{tool_calls.OPEN}{{"name": "…", "arguments": {{…}}}}{tool_calls.CLOSE} and nothing else.\n'
+            )
+        told = {
+            "{tools}": listed,
+            "{question}": self._task.question,
+            "{instruction}": f"Use tools in at most {self._config.calls} replies. {_ASK}",
+        }
+        text = _HOLE.sub(lambda found: told[found[0]], self._config.prompt)  # at once: a question may spell a hole
+        return Turn(messages=(Message("user", text),), tools=schemas if self._config.style == "template" else ())
 
     def step(self, reply: Reply) -> Turn:
         """Answer the calls, or judge the final answer."""
@@ -215,11 +229,12 @@ class ToolSession:
     def _answer(self, call: tool_calls.ToolCall) -> str:
         self._calls += 1
         try:
-            return self._box.answer(call.name, call.arguments)
+            answer = self._box.answer(call.name, call.arguments)
         except ToolError as error:
             self._wrong += 1
             self._broken += isinstance(error, BrokenTool)
             return f"error: {error}"
+        return _WITHHELD if self._config.withheld else answer
 
     def _said(self, answers: list[tuple[str, str]], reply: Reply) -> Turn:
         if reply.stop == "length" or self._replies > self._config.calls:
