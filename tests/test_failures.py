@@ -74,6 +74,40 @@ def test_an_environment_that_fails_too_often_stops_the_run(tmp_path: Path, capsy
     assert "environment Broken: close() raised OSError: nothing to close" in capsys.readouterr().err
 
 
+ENDLESS = """
+from mrlm_cli.envs.base import Environment
+from mrlm_cli.records import Message, Task, Turn
+
+class Talk:
+    def start(self): return Turn((Message("user", "?"),))
+    def step(self, reply): return Turn((Message("user", str(1 / len(reply.message.content))),))
+    def close(self): pass
+
+class Endless(Environment):
+    components = {"exact": 1.0}
+    def size(self, split): return None
+    def task(self, split, index): return Task(f"{split}/{index}", self.config.label, split, index, {})
+    def open(self, task, seed): return Talk()
+"""
+
+
+def test_sessions_that_were_cut_short_have_not_failed(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    config = resolve("environments", "./endless.py:Endless", (tmp_path,)).Config(type="./endless.py:Endless")
+    with Host([config], folders=[tmp_path], workers=1, deadline=20.0, journal=NoJournal()) as host:
+
+        def talk(name: str, text: str) -> Turn | SessionFailure:
+            host.collect(host.open([(name, host.environments["Endless"].task("train", 0), 0)]))
+            answer = host.collect(host.step([(name, Reply(Message("assistant", text), "end"))]))[name]
+            host.close([name])
+            return answer
+
+        assert all(isinstance(talk(f"good {number}", "yes"), Turn) for number in range(LEAST))
+        assert all(isinstance(talk(f"bad {number}", ""), SessionFailure) for number in range(LEAST))
+        with pytest.raises(ScoringError, match=f"failed on {LEAST + 1} of the last {2 * LEAST + 1} sessions"):
+            talk("one more", "")
+
+
 def test_a_task_is_made_under_the_deadline(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         BROKEN.replace("def task(self, split, index): return ", "def task(self, split, index):\n        made = ")

@@ -1,6 +1,8 @@
 """A frozen model as a judge: what it says is what the slow engine says, alone and in company, and after a resume."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,3 +121,16 @@ def test_a_model_that_is_not_there_stops_the_run(tmp_path) -> None:
         pytest.raises(MrlmError, match=r"cannot start: .*where"),
     ):
         scorers.score([("a", transcript("1"))])
+
+
+def test_another_model_in_its_place_is_another_judge(model, tmp_path) -> None:
+    place = Path(shutil.copytree(model, tmp_path / "model"))
+    before = LocalJudge(config(str(place))).fingerprint()
+    assert before == LocalJudge(config(model)).fingerprint()
+    weights = bytearray((place / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (place / "model.safetensors").write_bytes(weights)
+    after = LocalJudge(config(str(place))).fingerprint()
+    single = LocalJudge(config(str(place / "model.safetensors"))).fingerprint()  # as a .gguf file would be
+    assert len({before, after, single, None}) == 4
+    assert LocalJudge(config("some/hub-id")).fingerprint() is None

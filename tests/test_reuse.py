@@ -12,7 +12,7 @@ import torch
 from mrlm_cli.events import Listener
 from mrlm_cli.policy import load
 from mrlm_cli.records import Batch, Completion, Progress
-from mrlm_cli.training import loop
+from mrlm_cli.training import checkpoint, loop
 from mrlm_cli.training.annotate import annotate
 from mrlm_cli.training.collate import collate
 from mrlm_cli.training.trainer import Trainer
@@ -145,3 +145,17 @@ def test_a_resume_goes_on_reusing_with_the_same_bits(tmp_path: Path) -> None:
             assert made.reuses_logprobs([], Progress(made.step, 4))
             loop.iteration(made)
         assert load.fingerprint(made.policy) == expected
+
+
+def test_a_checkpoint_of_before_there_was_a_gap_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with trainer(tmp_path / "run", recipe()) as made:
+        for _ in range(2):
+            loop.iteration(made)
+        made.save()
+        older = checkpoint.state(tmp_path / "run/checkpoints/step-000002")
+        assert older.pop("sampler_gap_max") is not None
+        assert older.pop("rewards_sha256") == {}
+        monkeypatch.setattr(checkpoint, "state", lambda directory: older)
+        made.load(tmp_path / "run/checkpoints/step-000002")
+        assert made.step == 2
+        assert not made.reuses_logprobs([], Progress(made.step, 4))

@@ -1,6 +1,8 @@
 """Tools of MCP servers: listed, called, refused, late, dead, and ended with the process that started them."""
 
+import glob
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -131,3 +133,14 @@ def test_a_command_is_found_beside_the_recipe_and_its_deadline_is_checked(tmp_pa
     assert environment.mcp == (ServerSettings(command=("python", str(tmp_path / "server.py"))),)
     with pytest.raises(Exception, match=r"r\.yaml:5:.* environments\.0\.mcp\.0.*deadline.*hardware\.deadline"):
         compose.load(str(tmp_path / "r.yaml"), ["hardware.deadline=5"])
+
+
+def test_a_session_that_does_not_begin_leaves_no_server(path) -> None:
+    given = settings(path, fresh=True).model_dump()
+    config = Tools.Config.model_validate({**given, "mcp": [*given["mcp"], *given["mcp"]]})
+    environment = Tools(config)
+    with pytest.raises(SessionFailure, match="two tools are called"):
+        environment.open(environment.task("train", 0), 0)
+    of_mine = f"/proc/{os.getpid()}/task/*/children"
+    children = [child for file in glob.glob(of_mine) for child in Path(file).read_text().split()]
+    assert not [each for each in children if "mcp_server.py" in Path(f"/proc/{each}/cmdline").read_text()]

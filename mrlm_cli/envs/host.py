@@ -89,6 +89,7 @@ class _Open:
     turns: int
     session: Session | None = None  # in this process
     worker: Worker | None = None
+    failed: bool = False
 
 
 class Host:
@@ -151,9 +152,10 @@ class Host:
                 if entry.journalled:
                     self._journal.record(entry.session, entry.turn, str(outcome))
             outcomes[entry.session] = outcome = self._judged(entry.label, outcome)
-            if isinstance(outcome, SessionFailure) or outcome.done:
+            if isinstance(outcome, SessionFailure):
+                self._sessions[entry.session].failed = True
                 failures = self._failures[entry.label]
-                failures.add([str(outcome) if isinstance(outcome, SessionFailure) else None])
+                failures.add([str(outcome)])
                 if failures.too_many is not None:
                     raise ScoringError(f"environment {entry.label} {failures.too_many}")
         return outcomes
@@ -172,9 +174,13 @@ class Host:
         """End sessions, whether done, failed or in the middle; unknown names are ignored."""
         for name in sessions:
             held = self._sessions.pop(name, None)
-            if held is not None and held.session is not None:
+            if held is None:
+                continue
+            if not held.failed:  # whether it came to its end or was cut short
+                self._failures[held.label].add([None])
+            if held.session is not None:
                 held.session.close()
-            if held is not None and held.worker is not None:
+            if held.worker is not None:
                 held.worker.close(name)
 
     def thinks_apart(self, label: str) -> bool:

@@ -67,7 +67,7 @@ class ToolServers:
         own = [_Server(each) for each in self._fresh]
         try:
             return [tool for server in (*self._shared, *own) for tool in server.tools()], own
-        except SessionFailure:
+        except BaseException:  # whatever it was, no server is left behind
             close(own)
             raise
 

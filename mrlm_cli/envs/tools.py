@@ -137,16 +137,20 @@ class Tools(Environment):
         """Ask; nothing depends on the seed."""
         made = self._made(task.split, task.index)
         served, own = self._servers.open()
-        box = Box(
-            self.config.offered,
-            notes=made.notes,
-            files=made.files,
-            documents=made.documents or ("There is nothing here.",),
-            sandbox=self._sandbox,
-            limits=self.config.sandbox.limits(),
-            others=(*self._own, *served),
-            only=made.offered,
-        )
+        try:
+            box = Box(
+                self.config.offered,
+                notes=made.notes,
+                files=made.files,
+                documents=made.documents or ("There is nothing here.",),
+                sandbox=self._sandbox,
+                limits=self.config.sandbox.limits(),
+                others=(*self._own, *served),
+                only=made.offered,
+            )
+        except BaseException:
+            close(own)
+            raise
         return ToolSession(made, box, self.config, lambda: close(own))
 
     def oracle(self, task: Task) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,33 @@ def checkpoint_directory(path: Path) -> Path:
 def _is_model(directory: Path) -> bool:
     """Whether a directory holds a model, or adapters alone."""
     return (directory / "config.json").is_file() or (directory / ADAPTER_CONFIG).is_file()
+
+
+def fingerprint(path: str) -> str | None:
+    """A sha256 of all files of the model that `path` means (`model_directory`, or a file); None if nothing is there.
+
+    Raises UserError, CheckpointError.
+    """
+    place = Path(path).expanduser()
+    if not place.exists():
+        return None
+    if place.is_file():
+        return hashed(place.parent, [place])
+    directory = model_directory(place)
+    return hashed(directory, directory.glob("*"))
+
+
+def hashed(directory: Path, paths: Iterable[Path]) -> str:
+    """A sha256 of the files among the paths, and of their names within the directory. Raises CheckpointError."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in paths if not path.is_dir()):
+        try:
+            with file.open("rb") as content:
+                inside = hashlib.file_digest(content, "sha256").digest()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+        digest.update(file.relative_to(directory).as_posix().encode() + b"\0" + inside)
+    return digest.hexdigest()
 
 
 def read(path: str) -> tuple[Any, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 
 from mrlm_cli.errors import CheckpointError, UserError
 from mrlm_cli.policy import load
-from mrlm_cli.policy.pretrained import checkpoint_directory
+from mrlm_cli.policy.pretrained import checkpoint_directory, hashed
 from mrlm_cli.policy.written import written
 from mrlm_cli.recipe import compose
 from mrlm_cli.recipe.sections import PretrainedModel
@@ -21,16 +20,8 @@ def fingerprint(path: str) -> str:
     """A sha256 of all files that a Scorer of `path` reads, and of their names. Raises CheckpointError."""
     checkpoint = checkpoint_directory(Path(path).expanduser())
     files = [checkpoint / "recipe.yaml", checkpoint / load.VALUE_FILE]
-    files += [file for part in ("policy", load.CRITIC) for file in (checkpoint / part).glob("*") if file.is_file()]
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        try:
-            with file.open("rb") as content:
-                inside = hashlib.file_digest(content, "sha256").digest()
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-        digest.update(file.relative_to(checkpoint).as_posix().encode() + b"\0" + inside)
-    return digest.hexdigest()
+    files += [file for part in ("policy", load.CRITIC) for file in (checkpoint / part).glob("*")]
+    return hashed(checkpoint, files)
 
 
 class Scorer:

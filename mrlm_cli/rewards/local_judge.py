@@ -70,6 +70,12 @@ class LocalJudge(Reward):
         )
         self._engine.load(policy.requires_grad_(False).lm)
 
+    def fingerprint(self) -> str | None:
+        """A hash of the model's files; None for a hub id. Raises CheckpointError."""
+        from mrlm_cli.policy.pretrained import fingerprint
+
+        return fingerprint(self.config.path)
+
     def score(self, transcripts: Sequence[Transcript]) -> list[Outcome]:
         """Each agent's rating."""
         return [self._rate(one) for one in transcripts]

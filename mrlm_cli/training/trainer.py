@@ -222,7 +222,9 @@ class Trainer:
             raise CheckpointError(
                 f"{directory}: the model of a frozen agent has changed since; episodes would be others"
             )
-        if changed := sorted(set(state["rewards_sha256"].items()) ^ set(self._rewards_sha256.items())):
+        # What an older version saved holds neither the rewards' hashes nor the gap.
+        rewards = state.get("rewards_sha256", self._rewards_sha256)
+        if changed := sorted(set(rewards.items()) ^ set(self._rewards_sha256.items())):
             raise CheckpointError(
                 f"{directory}: the model of the reward {changed[0][0]} has changed since; episodes would be scored "
                 "otherwise. Name a checkpoint in its path, not a run that trains on"
@@ -236,7 +238,7 @@ class Trainer:
         self.algorithm.load_state(state["algorithm"])
         self.source.load_state(state["source"])
         self.updater.refused_in_a_row = int(state["refused_in_a_row"])
-        self._gap = state["sampler_gap_max"]
+        self._gap = state.get("sampler_gap_max")
         self.resumed = True
         checkpoint.mark_latest(directory.parent, self.step)
         if self.best is not None and (directory.parent / checkpoint.name(int(self.best["step"]))).is_dir():
