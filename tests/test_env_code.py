@@ -1,7 +1,6 @@
 """The code environment: what it asks, what it pays, what it tells, and what it never tells."""
 
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -152,14 +151,17 @@ def test_a_host_leaves_no_control_group_behind() -> None:
     with Host([environment.config], folders=[], workers=2, deadline=30.0, journal=NoJournal()) as host:
         host.collect(host.open([(name, task, 0) for name in "abcd"]))
         host.collect(host.step([(name, reply(environment.oracle(task))) for name in "abcd"]))
-        assert len(_groups_of_others(groups)) >= 2
-        mine = _groups_of_others(groups)
-    assert not mine & _groups_of_others(groups)
+        owners = [worker._process._process.pid for worker in host._workers if worker._process is not None]
+        assert len(owners) == 2
+        assert len(_owned(groups, owners)) >= 2
+    assert not _owned(groups, owners)
 
 
-def _groups_of_others(groups) -> set[str]:
-    parents = {folder for parent in groups._parents for folder in parent.glob(f"{cgroups._PREFIX}*")}
-    return {str(folder) for folder in parents if f"-{os.getpid()}-" not in folder.name}
+def _owned(groups: cgroups.Groups, owners: list[int]) -> set[Path]:
+    """The control groups of these processes: others may be at work on the machine."""
+    return {
+        folder for parent in groups._parents for pid in owners for folder in parent.glob(f"{cgroups._PREFIX}{pid}-*")
+    }
 
 
 def test_attempts_get_feedback_and_the_last_one_counts() -> None:

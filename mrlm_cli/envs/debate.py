@@ -45,8 +45,9 @@ class Debate(Environment):
     reply, where the evidence is a number, else somewhere in it). The right option wins if it stands, otherwise the only
     other one that does. `judge: agent` asks the agent `judge`, which the recipe's `agents` may make a frozen model, and
     takes the last option in brackets of its reply. `judge: scores` shows it the case of each option in turn, as if an
-    assistant had made it, and takes the option with the highest number; the recipe's `agents` may make it one of the
-    rewards: {judge: {type: scorer, reward: NAME}}. Nothing that debaters say is read as a verdict.
+    assistant had made it, and takes the option with the highest number (one that it names in brackets instead of a
+    number wins at once); the recipe's `agents` may make it one of the rewards: {judge: {type: scorer, reward: NAME}}.
+    Nothing that debaters say is read as a verdict.
 
     Components: `win`, 1 for the verdict's debaters and -1 for the others, 0 for all where there is none; for a judge 1
     if the verdict is right and -1 otherwise. `exact`, 1 for everyone if the verdict is the right answer. `format`, the

@@ -1,4 +1,4 @@
-"""Whether others hold the cores that a run computes on.
+"""Whether other processes hold the cores that a run computes on, its own workers among them.
 
 torch's threads meet at a barrier after every parallel piece of work, and spin there. While a neighbour holds one of
 their cores, all wait for the thread that does not run: a step may take ten times as long. The kernel counts for every
@@ -51,8 +51,8 @@ class Contention:
         self._told = now
         fewer = f", or start with hardware.threads={self._threads - 1} (a run keeps its number)"
         return (
-            f"other programs hold this run's cores: of the last {seconds:.0f} s its threads waited "
-            f"{share * seconds:.0f} s for one, and where one thread waits all do; end what else runs here"
+            "other programs, or the run's own worker processes, hold its cores: of the last "
+            f"{seconds:.0f} s its threads waited {share * seconds:.0f} s for one, and where one thread waits all do; end what else runs here"
             + (fewer if self._threads > 1 else "")
         )
 
