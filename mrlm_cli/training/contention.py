@@ -52,7 +52,8 @@ class Contention:
         fewer = f", or start with hardware.threads={self._threads - 1} (a run keeps its number)"
         return (
             "other programs, or the run's own worker processes, hold its cores: of the last "
-            f"{seconds:.0f} s its threads waited {share * seconds:.0f} s for one, and where one thread waits all do; end what else runs here"
+            f"{seconds:.0f} s its threads waited {share * seconds:.0f} s for one, and where one thread waits all do; "
+            "end what else runs here"
             + (fewer if self._threads > 1 else "")
         )
 
