@@ -53,8 +53,7 @@ class Contention:
         return (
             "other programs, or the run's own worker processes, hold its cores: of the last "
             f"{seconds:.0f} s its threads waited {share * seconds:.0f} s for one, and where one thread waits all do; "
-            "end what else runs here"
-            + (fewer if self._threads > 1 else "")
+            "end what else runs here" + (fewer if self._threads > 1 else "")
         )
 
 
