@@ -88,6 +88,25 @@ def test_tools_are_listed_called_and_refused(path, monkeypatch) -> None:
     assert gone(int(process))
 
 
+def test_no_arguments_break_the_connection(path) -> None:
+    deep: object = 1
+    for _ in range(300):
+        deep = {"a": deep}
+    hostile = [{"a": "\ud800"}, {"\udfff": 1}, {"a": float("nan")}, {"a": float("inf")}, {"a": [deep]}]
+    more = [{"a": 10**4000, "b": 1}, {"a": "x" * 100_000}, {"": "\0"}, {"_meta": {"progressToken": 1}}]
+    asked = [call("process"), *(call("add", **each) for each in (*hostile, *more)), call("process")]
+    ((_, first, *answers, last),) = sessions(settings(path, calls=20), asked)
+    assert [said(turn).removeprefix("error: add: ") for turn in answers[:5]] == [
+        "a text in the arguments holds half a character",
+        "a text in the arguments holds half a character",
+        "a number in the arguments is not finite",
+        "a number in the arguments is not finite",
+        "arguments are nested 302 deep; expected at most 50",
+    ]
+    assert all(said(turn).startswith("error: ") for turn in answers)
+    assert said(last) == said(first), "the server was started anew"
+
+
 def test_a_server_that_dies_or_is_late_fails_its_session_and_no_other(path) -> None:
     config = settings(path, deadline=1.0)
     talks = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from mrlm_cli.strict import Strict, Strings
 
 START_SECONDS = 20.0  # for a server to start and to list its tools
 CLOSE_SECONDS = 5.0  # for a server to end; then it is left to the end of the process
+MOST_NESTED = 50  # lists and objects inside one another in the arguments of a call
 # The parent's death kills the server (PR_SET_PDEATHSIG is 1), for it runs in a process group of its own.
 _BOUND = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
 
@@ -101,6 +103,8 @@ class ServedTool:
         """The server's answer. Raises ToolError for what the server calls an error, SessionFailure where it fails."""
         if not isinstance(arguments, Mapping):
             raise ToolError(f"{self.name}: arguments must be a JSON object")
+        if reason := _unsendable(arguments):
+            raise ToolError(f"{self.name}: {reason}")
         return self._server.call(self.name, dict(arguments))
 
 
@@ -218,6 +222,28 @@ class _Session:
         except Exception as error:
             if not ready.done():
                 ready.set_exception(error)
+
+
+def _unsendable(arguments: Mapping[str, Any]) -> str | None:
+    """Why arguments would break the connection instead of being refused by the server; None if they would not.
+
+    A reply could otherwise fail its session, and be left out, whenever it is wrong.
+    """
+    depth = 0
+    layer: list[Any] = [arguments]
+    while layer:
+        depth += 1
+        inside = (each.values() if isinstance(each, Mapping) else each for each in layer)
+        layer = [each for values in inside for each in values if isinstance(each, Mapping | list)]
+    if depth > MOST_NESTED:
+        return f"arguments are nested {depth} deep; expected at most {MOST_NESTED}"
+    try:
+        json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        return "a text in the arguments holds half a character"
+    except ValueError:
+        return "a number in the arguments is not finite"
+    return None
 
 
 def _texts(content: Sequence[Any]) -> Iterator[str]:
