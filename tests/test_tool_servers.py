@@ -93,7 +93,7 @@ def test_no_arguments_break_the_connection(path) -> None:
     for _ in range(300):
         deep = {"a": deep}
     hostile = [{"a": "\ud800"}, {"\udfff": 1}, {"a": float("nan")}, {"a": float("inf")}, {"a": [deep]}]
-    more = [{"a": 10**4000, "b": 1}, {"a": "x" * 100_000}, {"": "\0"}, {"_meta": {"progressToken": 1}}]
+    more = [{"a": 10**4000}, {"a": "x" * 100_000}, {"": "\0"}, {"_meta": {"progressToken": 1}}]
     asked = [call("process"), *(call("add", **each) for each in (*hostile, *more)), call("process")]
     ((_, first, *answers, last),) = sessions(settings(path, calls=20), asked)
     assert [said(turn).removeprefix("error: add: ") for turn in answers[:5]] == [
