@@ -399,11 +399,13 @@ def test_the_prompt_is_the_recipes_own() -> None:
     instruction, listed, asked = turn.messages[0].content.split(" | ")
     assert asked == f"{task.data['question']} {{tool}}"
     assert instruction.startswith("Use tools in at most 2 replies.")
-    assert listed.startswith("You have these tools:") and '"read_note"' in listed
+    assert listed.startswith("You have these tools:")
+    assert '"read_note"' in listed
     (bare,) = talk(make(kinds=["notes"], prompt="{question}"))
     assert bare.messages[0].content == task.data["question"]
     (template,) = talk(make(kinds=["notes"], style="template", prompt="{tools}{question}"))
-    assert template.messages[0].content == task.data["question"] and template.tools
+    assert template.messages[0].content == task.data["question"]
+    assert template.tools
     with pytest.raises(ValueError, match="prompt must contain"):
         make(prompt="{tools}")
 
@@ -416,4 +418,5 @@ def test_what_tools_say_can_be_withheld() -> None:
     assert "(withheld)" in turns[1].messages[0].content
     assert environment.task("train", 0).data["answer"] not in turns[1].messages[0].content
     assert "error" in turns[2].messages[0].content
-    assert turns[3].rewards["policy"]["correct"] == 1 and turns[3].facts == {"calls": 2, "wrong_calls": 1}
+    assert turns[3].rewards["policy"]["correct"] == 1
+    assert turns[3].facts == {"calls": 2, "wrong_calls": 1}
