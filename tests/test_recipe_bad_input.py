@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mrlm_cli.errors import RecipeError
-from mrlm_cli.recipe import compose
+from mrlm_cli.errors import RecipeError, UnknownName
+from mrlm_cli.recipe import compose, explain
+from mrlm_cli.recipe.problems import SYNONYMS
 from mrlm_cli.recipe.reading import read
 from mrlm_cli.recipe.schema import Recipe
 
@@ -74,6 +75,9 @@ TABLE = [
     ("unknown key", changed("clip:", "clp:"), "10:3 algorithm.clp", "did you mean clip?"),
     ("key of another section", changed("  lr: 1e-3", "  clip: 1"), "12:3 optimizer.clip", "did you mean algorithm.clip?"),
     ("leaf at the top", GOOD + "lr: 3\n", "14:1 lr", "unknown key; did you mean optimizer.lr?"),
+    ("usual other name", changed("  lr: 1e-3", "  learning_rate: 1e-3"), "12:3 optimizer.learning_rate", "did you mean lr?"),
+    ("usual name of another section", changed("clip:", "entropy_coef: 0.1\n  clip:"), "10:3 algorithm.entropy_coef", "did you mean algorithm.entropy.coef?"),
+    ("usual name at the top", GOOD + "batch_size: 3\n", "14:1 batch_size", "did you mean sampling.tasks_per_step?"),
     ("unknown env key", changed("digits: 4", "digit: 4"), "5:25 environments.0.digit", "did you mean digits?"),
     ("unknown model key", changed("hidden: 32", "hiden: 32"), "3:35 model.hiden", "for type scratch; did you mean hidden?"),
     ("unknown nested key", changed("  clip:", "  kl: {coeff: 1}\n  clip:"), "10:8 algorithm.kl.coeff", "did you mean coef?"),
@@ -222,3 +226,17 @@ def test_any_override_is_taken_or_a_recipe_error(tmp_path: Path, override: str) 
     path.write_text(GOOD)
     with suppress(RecipeError):
         assert isinstance(compose.load(path, [override]).recipe, Recipe)
+
+
+def test_every_synonym_leads_to_a_setting_and_is_none() -> None:
+    known = explain.paths()
+    assert set(SYNONYMS.values()) <= {path.replace(".0.", ".") for path in known}
+    assert {path.rpartition(".")[2] for path in known} & set(SYNONYMS) <= {"beta"}  # dpo's own
+
+
+def test_a_directory_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match=r"is a directory; expected a recipe's file$"):
+        compose.load(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    with pytest.raises(UnknownName, match=r"a recipe's file, such as .*recipe.yaml; .*: mrlm resume "):
+        compose.load(tmp_path)

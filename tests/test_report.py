@@ -322,6 +322,13 @@ def test_plain_lines(plain: tuple[PlainLines, io.StringIO, Clock]) -> None:
     ]
 
 
+def test_a_run_that_was_done_says_so(plain: tuple[PlainLines, io.StringIO, Clock]) -> None:
+    listener, stream, _ = plain
+    listener.started(Path("r"), RECIPE, 400, 1)
+    listener.finished(400)
+    assert stream.getvalue().endswith("nothing to do: all 400 steps were done before; steps=N trains longer\n")
+
+
 def test_fast_steps_give_one_line_a_second_and_the_last_one(plain: tuple[PlainLines, io.StringIO, Clock]) -> None:
     listener, stream, clock = plain
     listener.started(Path("r"), RECIPE, 0, 1)

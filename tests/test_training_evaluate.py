@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from mrlm_cli.draws import uniforms
+from mrlm_cli.errors import UserError
 from mrlm_cli.training.evaluate import _pass_at, evaluate, interval
+from mrlm_cli.training.examine import examine
 from mrlm_cli.training.source import held_out, mixture
+from mrlm_cli.training.summary import unknown_share
 from tests.kit import settings, tiny, trainer
 
 
@@ -85,3 +88,37 @@ def test_held_out_tasks_are_shared_by_weight_and_mixtures_follow_it(tmp_path: Pa
         stored = json.loads((made.run.path / "eval/step-000000.json").read_text())
     assert set(stored["environments"]) == {"three", "four"}
     assert settings("environments", type="sort_digits").label == "sort_digits"
+
+
+def test_a_target_without_a_recipe_is_told_what_was_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.yaml").write_text("name: some\n")
+    (tmp_path / "runs" / "some" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "model").mkdir()
+    told = {
+        "some.yaml": "some.yaml is a recipe; expected what it trained",
+        "some": "did you mean runs/some?",
+        "other": "other is no run or checkpoint here; a model brings no recipe",
+        "model": "model brings no recipe",
+    }
+    for target, text in told.items():
+        with pytest.raises(UserError) as error:
+            examine(target, None, (), False)
+        assert text in str(error.value)
+
+
+def test_text_that_the_tokenizer_does_not_know_is_told(tmp_path: Path) -> None:
+    with trainer(
+        tmp_path / "run", tiny(model={"type": "scratch", "layers": 1, "hidden": 32, "characters": "01234="})
+    ) as made:
+        episodes = made.source.episodes(0)
+        share = unknown_share(episodes, made._tokenizer, said=False)
+        warned: list[str] = []
+        made.announce.warned = warned.append  # type: ignore[method-assign]
+        made.note_unknown(episodes)
+        made.step = 1
+        made.note_unknown(episodes)
+    assert 0.3 < share < 1
+    assert [f"{share:.1%} of the tokens" in text for text in warned] == [True]
+    with trainer(tmp_path / "other", tiny()) as made:
+        assert unknown_share(made.source.episodes(0), made._tokenizer, said=False) == 0

@@ -11,6 +11,7 @@ from mrlm_cli import metrics, registry
 from mrlm_cli.errors import UnknownName
 from mrlm_cli.recipe import explain
 from mrlm_cli.recipe.explain import Setting
+from mrlm_cli.recipe.schema import PLUGINS
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,8 @@ def _named(kind: str, name: str) -> Entry:
     owner = registry.resolve(kind, name)
     sentence = inspect.cleandoc(owner.__doc__ or owner.__name__)
     keys = list(owner.Config.model_fields)
-    text = f"{name} ({kind}): {sentence}\n  keys     {', '.join(keys)}"
+    section = next(section for section, (kind_of, _) in PLUGINS.items() if kind_of == kind)
+    text = f"{name} ({kind}): {sentence}\n  keys     {', '.join(keys)}\n  a key    mrlm explain {section}.{name}.KEY"
     return Entry(text, {"kind": kind, "name": name, "sentence": sentence, "keys": keys})
 
 

@@ -71,7 +71,8 @@ def check_model(model: ScratchModel | PretrainedModel) -> None:
         return
     somewhere = path.is_absolute() or model.path.startswith(".") or model.path.count("/") != 1
     if somewhere or path.suffix == ".gguf" or path.parent.name == "models":
-        raise UserError(api.missing_model(path))
+        runs = "" if path.parent.name != "runs" else "; mrlm list runs names those that are there"
+        raise UserError(api.missing_model(path) + runs)
 
 
 def derived_lines(derived: Derived) -> list[str]:

@@ -127,9 +127,9 @@ def find(recipe: str | Path) -> Path:
         if text in names:
             return names[text]
         if path.is_dir():
-            raise UnknownName(
-                f"{text} is a directory; expected a recipe's file (a run goes on with: mrlm resume {text})"
-            )
+            of_run = path / "recipe.yaml"
+            hint = f", such as {of_run}; the run itself goes on with: mrlm resume {text}" if of_run.is_file() else ""
+            raise UnknownName(f"{text} is a directory; expected a recipe's file{hint}")
         beside = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
     except (OSError, ValueError) as error:  # too long, or with a zero byte
         raise UnknownName(f"{text[:80]!r} cannot be a file: {error}") from error

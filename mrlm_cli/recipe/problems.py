@@ -29,6 +29,43 @@ _KINDS = {
 }
 
 
+# other usual names of settings, by their last word
+SYNONYMS = {
+    "learning_rate": "optimizer.lr",
+    "warmup_steps": "optimizer.warmup",
+    "lr_scheduler_type": "optimizer.schedule",
+    "ppo_epochs": "optimizer.passes",
+    "num_ppo_epochs": "optimizer.passes",
+    "num_iterations": "optimizer.passes",
+    "num_mini_batches": "optimizer.minibatches",
+    "grad_clip": "optimizer.max_grad_norm",
+    "micro_batch_size": "optimizer.tokens_per_micro_batch",
+    "per_device_train_batch_size": "optimizer.tokens_per_micro_batch",
+    "max_steps": "steps",
+    "total_steps": "steps",
+    "batch_size": "sampling.tasks_per_step",
+    "num_generations": "sampling.episodes_per_task",
+    "group_size": "sampling.episodes_per_task",
+    "rollouts_per_prompt": "sampling.episodes_per_task",
+    "max_completion_length": "sampling.max_new_tokens",
+    "max_length": "sampling.max_tokens",
+    "lam": "algorithm.gae_lambda",
+    "lambda": "algorithm.gae_lambda",
+    "clip_range": "algorithm.clip",
+    "cliprange": "algorithm.clip",
+    "epsilon": "algorithm.clip",
+    "vf_coef": "algorithm.value_coef",
+    "ent_coef": "algorithm.entropy.coef",
+    "entropy_coef": "algorithm.entropy.coef",
+    "kl_coef": "algorithm.kl.coef",
+    "init_kl_coef": "algorithm.kl.coef",
+    "beta": "algorithm.kl.coef",
+    "eval_steps": "evaluate.every",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+}
+
+
 class Problems:
     """Collects problems, so that one run shows them all."""
 
@@ -63,7 +100,7 @@ def shown(value: Any) -> str:
 
 
 def suggestion(path: str, siblings: Sequence[str], known: Sequence[str]) -> str:
-    """What an unknown key may have meant: the same name elsewhere, else a sibling like it, else anything like it.
+    """What an unknown key may have meant: the same name elsewhere, a usual name for it, a sibling or anything like it.
 
     `path` is the key as given, `siblings` the names allowed beside it, `known` the path of every setting.
     """
@@ -71,6 +108,9 @@ def suggestion(path: str, siblings: Sequence[str], known: Sequence[str]) -> str:
     elsewhere = sorted((key for key in known if key.rpartition(".")[2] == leaf), key=lambda key: key.count("."))
     if elsewhere and elsewhere[0] != path:
         return f"; did you mean {elsewhere[0]}?"
+    usual = SYNONYMS.get(leaf)
+    if usual is not None and usual in known:
+        return f"; did you mean {usual.rpartition('.')[2] if usual.rpartition('.')[2] in siblings else usual}?"
     close = difflib.get_close_matches(leaf, siblings, n=1)
     if close:
         return f"; did you mean {close[0]}?"

@@ -26,6 +26,7 @@ class PlainLines(Listener):
         self._stream: TextIO | None = stream
         self._clock = clock
         self._steps = 0
+        self._first = -1  # the step from which it goes on
         self._precision = "float32"
         self._pace = Pace(clock())
         self._begun = clock()
@@ -36,7 +37,7 @@ class PlainLines(Listener):
 
     def started(self, run: Path, recipe: Any, step: int, parameters: int) -> None:
         """See Listener."""
-        self._steps = recipe.steps
+        self._steps, self._first = recipe.steps, step
         self._precision = recipe.hardware.precision
         self._begun = self._clock()
         self._pace = Pace(self._begun)
@@ -88,7 +89,10 @@ class PlainLines(Listener):
 
     def finished(self, step: int) -> None:
         """See Listener."""
-        self._write(f"done: step {step} after {duration(self._clock() - self._begun)}")
+        if step == self._first:
+            self._write(f"nothing to do: all {step} steps were done before; steps=N trains longer")
+        else:
+            self._write(f"done: step {step} after {duration(self._clock() - self._begun)}")
 
     def _step_text(self, step: int, metrics: Mapping[str, float]) -> str:
         parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}"]

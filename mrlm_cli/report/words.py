@@ -62,7 +62,7 @@ _RULES = (
     _Rule(
         "excluded_rate",
         "prompts that do not fit",
-        ((0, GOOD, ""), (1, WATCH, "left out; raise sampling.max_tokens or shorten the prompts")),
+        ((0, GOOD, ""), (1, WATCH, "left out; raise sampling.max_tokens or model.context, or shorten the prompts")),
         share=True,
         only_problems=True,
     ),

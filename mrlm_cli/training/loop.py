@@ -78,6 +78,7 @@ def iteration(trainer: Trainer) -> None:
         trainer.source.load_state(cursor)
         raise
     sampled = time.perf_counter()
+    trainer.note_unknown(episodes)
     sums.update(episode_metrics(episodes, trainer.environments))
     needs = trainer.needs
     batch = collate(episodes, recipe.hardware.device, pairs=needs.pairs, observed=needs.observed)

@@ -321,7 +321,8 @@ def _now() -> str:
 
 def _taken(path: Path) -> str:
     if all((path / name).exists() for name in _REQUIRED):
-        return f"the run {path} exists already; go on with it: mrlm resume {shlex.quote(str(path))}"
+        going_on = f"go on with it: mrlm resume {shlex.quote(str(path))}"
+        return f"the run {path} exists already; {going_on}, or begin another: name=… or --run-dir"
     return f"{path} exists already and is not a run directory; choose another name or --run-dir"
 
 

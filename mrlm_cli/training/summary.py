@@ -57,6 +57,24 @@ def episode_metrics(episodes: Sequence[Episode], environments: Mapping[str, Envi
     return sums
 
 
+def unknown_share(episodes: Sequence[Episode], tokenizer: Any, said: bool) -> float:
+    """Share of unknown tokens in what the policy is given, in replies too if `said`; 0 for a tokenizer without one.
+
+    Families in which the unknown token is the end or the padding as well have no unknown text.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        return 0.0
+    given = [
+        token
+        for one in episodes
+        for span in one.spans
+        if said or span.kind != "chosen"
+        for token in one.tokens[span.start : span.end]
+    ]
+    return given.count(unknown) / max(1, len(given))
+
+
 def stored(episodes: Sequence[Episode], count: int) -> list[dict[str, Any]]:
     """`count` episodes, evenly spaced over the step, as JSON-able rows."""
     count = min(count, len(episodes))

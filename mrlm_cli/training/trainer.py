@@ -29,7 +29,7 @@ from mrlm_cli.training.reference import CachedReference
 from mrlm_cli.training.rundir import RunDirectory
 from mrlm_cli.training.source import RolloutSource
 from mrlm_cli.training.stage import Stage
-from mrlm_cli.training.summary import stored
+from mrlm_cli.training.summary import stored, unknown_share
 from mrlm_cli.training.update import Refused, Updater
 
 
@@ -128,6 +128,15 @@ class Trainer:
                 f"sampling.reuse_within = {limit:g}: log-probs are scored anew until it is less"
             )
         self._gap = gap
+
+    def note_unknown(self, episodes: Sequence[Episode]) -> None:
+        """Warn, at the first step, of text that the tokenizer does not know: the policy cannot tell it apart."""
+        share = unknown_share(episodes, self._tokenizer, said=self.recipe.data is not None) if self.step == 0 else 0.0
+        if share > 0:
+            self.announce.warned(
+                f"step 1: {share:.1%} of the tokens that the policy is given are the unknown token of its tokenizer; a "
+                "scratch model's model.characters must hold every character (tokenizer: bytes knows all)"
+            )
 
     def evaluation_due(self) -> bool:
         """Whether the policy of this step is evaluated: the first, the last, and every so many."""
