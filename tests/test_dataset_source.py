@@ -108,7 +108,9 @@ def test_the_cursor_goes_on_and_other_rows_are_refused(tmp_path: Path) -> None:
 
 
 def test_held_out_rows_are_never_drawn(tmp_path: Path) -> None:
-    with trainer(tmp_path / "run", on(chats(tmp_path / "x.jsonl", 40), data={"validation_share": 0.3})) as made:
+    with trainer(
+        tmp_path / "run", on(chats(tmp_path / "x.jsonl", 40), data={"validation_share": 0.3, "test_share": 0.0})
+    ) as made:
         assert isinstance(made.source, DatasetSource)
         held = {one.tokens for one in made.source.held_out(100)}
         drawn = {one.tokens for step in range(10) for one in made.source.episodes(step)}

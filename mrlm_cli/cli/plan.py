@@ -70,7 +70,7 @@ def check_model(model: ScratchModel | PretrainedModel) -> None:
     if path.exists():
         return
     somewhere = path.is_absolute() or model.path.startswith(".") or model.path.count("/") != 1
-    if somewhere or path.suffix == ".gguf" or path.parent.name == "models":
+    if somewhere or path.suffix == ".gguf" or path.parent.name in ("models", "runs"):
         runs = "" if path.parent.name != "runs" else "; mrlm list runs names those that are there"
         raise UserError(api.missing_model(path) + runs)
 
