@@ -276,7 +276,7 @@ def test_recipes_are_found_by_path_and_by_name(folder: Path) -> None:
     with pytest.raises(UnknownName, match=r"did you mean small.yaml\?"):
         compose.find("smal.yaml")
     (folder / "runs").mkdir()
-    with pytest.raises(UnknownName, match="runs is a directory; expected a recipe's file$"):
+    with pytest.raises(UnknownName, match=r"runs is a directory; expected a recipe's file$"):
         compose.find("runs")
     (folder / "runs/one").mkdir()
     (folder / "runs/one/recipe.yaml").write_text("")
