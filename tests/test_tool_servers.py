@@ -159,19 +159,21 @@ def test_a_session_that_does_not_begin_leaves_no_server(path) -> None:
     given = settings(path, fresh=True).model_dump()
     config = Tools.Config.model_validate({**given, "mcp": [*given["mcp"], *given["mcp"]]})
     environment = Tools(config)
+    before = servers_of_mine()  # of other tests in this process
     with pytest.raises(SessionFailure, match="two tools are called"):
         environment.open(environment.task("train", 0), 0)
     end = time.monotonic() + 20
-    while (left := servers_of_mine()) and time.monotonic() < end:
+    while (left := servers_of_mine() - before) and time.monotonic() < end:
         time.sleep(0.1)
     assert not left
 
 
-def servers_of_mine() -> list[str]:
-    """Command lines of this process's children that are tool servers; one on its way out may vanish meanwhile."""
-    lines = []
+def servers_of_mine() -> set[str]:
+    """Numbers of this process's children that are tool servers; one on its way out may vanish meanwhile."""
+    found = set()
     for file in glob.glob(f"/proc/{os.getpid()}/task/*/children"):
         for child in Path(file).read_text().split():
             with contextlib.suppress(OSError):
-                lines.append(Path(f"/proc/{child}/cmdline").read_text())
-    return [line for line in lines if "mcp_server.py" in line]
+                if "mcp_server.py" in Path(f"/proc/{child}/cmdline").read_text():
+                    found.add(child)
+    return found
