@@ -33,7 +33,9 @@ UNUSABLE: dict[str, str] = {
     **dict.fromkeys(("Debate", "GuessWho", "ScenarioPlanning", "TwentyQuestions"), _NETWORK),
     **dict.fromkeys(("ScorableGames", "UsedCar", "UsedCarNegotiation"), _PARTS),
     **dict.fromkeys(("HighSociety", "MarketEntryGame", "Poker", "PublicGoodsGame", "Santorini"), _ENDLESS),
-    **dict.fromkeys(("Countdown", "Cryptarithm", "Slitherlink"), "it breaks on replies that are no moves"),
+    **dict.fromkeys(
+        ("Countdown", "Cryptarithm", "Slitherlink", "ThreeCardMonte"), "it breaks on replies that are no moves"
+    ),
     "BabyAiText": "it needs gym, which Gymnasium has replaced",
 }
 """Games that cannot be played here, by their folder in textarena.envs, and why."""
