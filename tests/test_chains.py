@@ -26,7 +26,7 @@ from mrlm_cli.training.held_out import of_checkpoint
 from mrlm_cli.training.loop import iteration, run
 from mrlm_cli.training.stage import Stage, settled
 from mrlm_cli.training.stopping import Stopper
-from tests.data_helpers import chats, pair_row
+from tests.data_helpers import chats, go_back, last_values, pair_row
 from tests.kit import tiny, trainer
 from tests.test_data_algorithms import recipe
 from tests.test_resume import timeless
@@ -56,15 +56,7 @@ def test_a_resumed_run_on_data_ends_with_the_same_bits(tmp_path: Path, algorithm
         run(made, Stopper())
         expected = [timeless(row) for row in made.run.metrics()]
     with trainer(tmp_path / "resumed", recipe(tmp_path, algorithm, **changes)) as made:
-        for name in ("metrics.jsonl", "checkpoints"):
-            source = tmp_path / "whole" / name
-            copy = tmp_path / "resumed" / name
-            shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
-            shutil.copytree(source, copy, symlinks=True) if source.is_dir() else shutil.copy(source, copy)
-        for step in (7, 8, 9):
-            shutil.rmtree(tmp_path / f"resumed/checkpoints/step-{step:06}")
-        made.load(tmp_path / "resumed/checkpoints/step-000006")
-        made.run.rewind(6)
+        go_back(made, tmp_path / "whole", 6)
         run(made, Stopper())
         assert [timeless(row) for row in made.run.metrics()] == expected
     last = "checkpoints/step-000009"
@@ -132,16 +124,10 @@ def test_a_run_starts_from_another_with_no_distance_to_it(tmp_path: Path, point:
 def test_a_reward_model_scores_transcripts_and_is_a_critic(tmp_path: Path, value: dict[str, Any]) -> None:
     model = {"value": value, "type": "scratch"}
     path = learnt(tmp_path, {"type": "reward_model"}, "scores", model=model)
-    transcripts, expected = [], []
     with trainer(tmp_path / "again", recipe(tmp_path, {"type": "reward_model"}, model=model)) as made:
         load.load_weights(made.policy, path / "checkpoints/latest")
         assert isinstance(made.source, DatasetSource)
-        episodes = made.source.episodes(0)
-        batch = collate(episodes, "cpu", pairs=True)
-        assert batch is not None
-        out = made.policy(batch.tokens, batch.lengths, batch.mask, temperature=1.0)
-        assert out.final_values is not None
-        expected = out.final_values.tolist()
+        episodes, _, expected = last_values(made)
         transcripts = [one.transcript for one in episodes]
     scorer = Scorer(str(path), budget=100)
     found = scorer.score(transcripts)
@@ -208,12 +194,7 @@ def test_a_reward_model_with_a_critic_of_another_shape_stands_alone(tmp_path: Pa
     with trainer(tmp_path / "again", recipe(tmp_path, {"type": "reward_model"}, model={"value": value})) as made:
         load.load_weights(made.policy, path / "checkpoints/latest")
         assert isinstance(made.source, DatasetSource)
-        episodes = made.source.episodes(0)
-        batch = collate(episodes, "cpu", pairs=True)
-        assert batch is not None
-        out = made.policy(batch.tokens, batch.lengths, batch.mask, temperature=1.0)
-        assert out.final_values is not None
-        expected = out.final_values.tolist()
+        episodes, batch, expected = last_values(made)
         transcripts = [one.transcript for one in episodes]
     shutil.rmtree(wide)
     assert Scorer(str(path)).score(transcripts) == pytest.approx(expected, abs=1e-5)

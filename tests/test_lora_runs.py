@@ -26,6 +26,7 @@ from mrlm_cli.training.collate import collate
 from mrlm_cli.training.loop import iteration, run
 from mrlm_cli.training.stopping import Stopper
 from mrlm_cli.training.trainer import Trainer
+from tests.data_helpers import go_back, last_values
 from tests.kit import tiny, trainer
 from tests.test_chains import digests
 from tests.test_data_algorithms import recipe as on_data
@@ -103,15 +104,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, case: str) -> Non
         run(made, Stopper())
         expected = [timeless(row) for row in made.run.metrics()]
     with trainer(tmp_path / "resumed", recipe(tmp_path, case, **changes)) as made:
-        for name in ("metrics.jsonl", "checkpoints", "base"):
-            source, copy = tmp_path / "whole" / name, tmp_path / "resumed" / name
-            if copy.exists():
-                shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
-            shutil.copytree(source, copy, symlinks=True) if source.is_dir() else shutil.copy(source, copy)
-        for step in (4, 5):
-            shutil.rmtree(tmp_path / f"resumed/checkpoints/step-{step:06}")
-        made.load(tmp_path / "resumed/checkpoints/step-000003")
-        made.run.rewind(3)
+        go_back(made, tmp_path / "whole", 3)
         run(made, Stopper())
         assert [timeless(row) for row in made.run.metrics()] == expected
     last = "checkpoints/step-000005"
@@ -216,12 +209,7 @@ def test_a_moving_reference_follows_what_the_adapters_do(tmp_path: Path) -> None
 def test_a_reward_model_with_adapters_scores_and_becomes_a_critic(tmp_path: Path, case: str) -> None:
     with trainer(tmp_path / "run", recipe(tmp_path, case)) as made:
         run(made, Stopper())
-        episodes = made.source.episodes(0)
-        batch = collate(episodes, "cpu", pairs=True)
-        assert batch is not None
-        out = made.policy(batch.tokens, batch.lengths, batch.mask, temperature=1.0)
-        assert out.final_values is not None
-        expected = out.final_values.tolist()
+        episodes, batch, expected = last_values(made)
     assert max(expected) - min(expected) > 1e-3
     scores = Scorer(str(tmp_path / "run")).score([one.transcript for one in episodes])
     assert scores == pytest.approx(expected, abs=1e-5)

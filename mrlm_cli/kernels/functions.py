@@ -41,10 +41,8 @@ def fused(dtype: torch.dtype, *parts: Tensor) -> Tensor:
     """Matrices [O_i, I] of one width -> one matrix [ΣO_i, I] in another type; gradients go back in their own types."""
     if len(parts) == 1 and parts[0].dtype == dtype:
         return parts[0]
-    held = _steady.get()
-    if held is None:
-        return Fuse.apply(_joined(dtype, parts), *parts)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
-    key = (dtype, *map(id, parts))
+    steadily, key = _steady.get(), (dtype, *map(id, parts))
+    held = {} if steadily is None else steadily
     if key not in held:
         held[key] = _joined(dtype, parts), parts  # parts that live cannot lend their id to others
     return Fuse.apply(held[key][0], *parts)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]

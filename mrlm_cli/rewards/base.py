@@ -5,12 +5,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from mrlm_cli.records import Transcript
 from mrlm_cli.strict import RewardSettings as RewardSettings
 
 PREFIX = "rewards/"  # a transcript's component "rewards/NAME" was given by the recipe's reward NAME
+
+
+class ModelSettings(RewardSettings):
+    """Where a reward runs a model of its own."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model runs."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of its matrix products."""
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Threads of torch in a worker process; other numbers give other bits."""
 
 
 @dataclass(frozen=True, slots=True)

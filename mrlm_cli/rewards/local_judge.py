@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from mrlm_cli import registry
 from mrlm_cli.records import Limits, Message, Request, Transcript
-from mrlm_cli.rewards.base import Failure, Outcome, Reward, said
+from mrlm_cli.rewards.base import Failure, ModelSettings, Outcome, Reward, said
 from mrlm_cli.rewards.judge import JudgeSettings, rating, shown
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class LocalJudge(Reward):
     A session that does not fit the judge's context fails, and so does one whose rating cannot be read.
     """
 
-    class Config(JudgeSettings):
+    class Config(JudgeSettings, ModelSettings):
         """Which model, and where it runs."""
 
         path: Annotated[str, Field(min_length=1)]
@@ -34,12 +34,6 @@ class LocalJudge(Reward):
         the policy as it started."""
         max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 16
         """Tokens that the judge may write."""
-        device: Literal["cpu", "cuda"] = "cpu"
-        """Where the model runs."""
-        precision: Literal["float32", "bfloat16"] = "float32"
-        """Arithmetic of its matrix products."""
-        threads: Annotated[int, Field(ge=1, le=1024)] = 1
-        """Threads of torch in a worker process; other numbers give other bits."""
 
     config: Config
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from mrlm_cli.errors import UserError
 from mrlm_cli.records import Transcript
-from mrlm_cli.rewards.base import Failure, Outcome, Reward, RewardSettings, said
+from mrlm_cli.rewards.base import Failure, ModelSettings, Outcome, Reward, said
 
 if TYPE_CHECKING:
     from mrlm_cli.policy.scorer import Scorer
@@ -23,7 +23,7 @@ class RewardModel(Reward):
     of its own (hardware.worker_processes). A session that is longer than the model's context fails.
     """
 
-    class Config(RewardSettings):
+    class Config(ModelSettings):
         """Which model, and where it runs."""
 
         path: Annotated[str, Field(min_length=1)]
@@ -34,12 +34,6 @@ class RewardModel(Reward):
         """The greatest score that is sound; a session with one above counts as failed."""
         deadline: Annotated[float, Field(gt=0, le=86_400)] = 60.0
         """Seconds for one session; loading the model does not count."""
-        device: Literal["cpu", "cuda"] = "cpu"
-        """Where the model runs."""
-        precision: Literal["float32", "bfloat16"] = "float32"
-        """Arithmetic of its matrix products."""
-        threads: Annotated[int, Field(ge=1, le=1024)] = 1
-        """Threads of torch in a worker process; other numbers give other bits."""
 
     config: Config
 

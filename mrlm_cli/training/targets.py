@@ -19,11 +19,11 @@ def find(path: Path, best: bool) -> tuple[RunDirectory | None, Path | None]:
         run = RunDirectory.open(path)
         if best:
             chosen: Path | None = run.checkpoints / "best"
-        else:
+        else:  # verified already
             chosen = checkpoint.newest_whole(run.checkpoints, lambda text: print(text, file=sys.stderr))
         if chosen is None or not chosen.exists():
             raise CheckpointError(f"{path} has no {'best' if best else 'whole'} checkpoint yet")
-        return run, _whole(chosen.resolve())
+        return run, _whole(chosen.resolve()) if best else chosen.resolve()
     if best:
         raise UserError(f"--best picks among a run's checkpoints, and {path} is not a run directory")
     if (path / checkpoint.MANIFEST).is_file():
