@@ -133,8 +133,13 @@ def test_many_bad_rows_are_told_in_one_message(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "text"), [("jsonl", ""), ("jsonl", "\n\n"), ("json", ""), ("json", "[]")])
 def test_an_empty_file_is_an_error(tmp_path: Path, kind: str, text: str) -> None:
     (tmp_path / "x").write_text(text)
-    with pytest.raises(UserError, match="holds no usable row"):
+    with pytest.raises(UserError, match=r"the data \S+/x holds no usable row"):
         load(tmp_path / "x", kind)
+    held = {"validation_path": str(tmp_path / "x")}
+    good = tmp_path / "good"
+    good.write_text(json.dumps(GOOD) if kind == "jsonl" else json.dumps([GOOD]))
+    with pytest.raises(UserError, match=r"the data \S+/x, held out \(validation\), holds no usable row"):
+        load(good, kind, **held)
     with pytest.raises(UserError, match="cannot be read: No such file"):
         load(tmp_path / "none", kind)
 

@@ -20,7 +20,7 @@ from mrlm_cli.policy import load, lora, pretrained
 from mrlm_cli.policy.scorer import Scorer
 from mrlm_cli.recipe import compose
 from mrlm_cli.recipe.derived import derive
-from mrlm_cli.records import Progress
+from mrlm_cli.records import Limits, Progress, Request
 from mrlm_cli.training.annotate import annotate
 from mrlm_cli.training.collate import collate
 from mrlm_cli.training.loop import iteration, run
@@ -233,6 +233,31 @@ def test_a_run_is_evaluated_by_what_it_learnt(tmp_path: Path) -> None:
     assert api.evaluate(str(place)).step == 3
     rows = by_the_door("rows", recipe(tmp_path, "dpo", data={"validation_share": 0.3}))
     assert api.evaluate(str(rows)).components["margin"].mean > 1e-3  # 0 without what was learnt
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_engine_samples_with_what_the_last_update_made(tmp_path: Path, precision: str) -> None:
+    made_recipe = recipe(tmp_path, "grpo", hardware={"precision": precision})
+    tokens = (3, 4, 5, 6)
+    with trainer(tmp_path / "run", made_recipe) as made:
+
+        def sampled(name: str) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
+            """The reply, its log-probs by the engine, and by the policy that the update moves."""
+            (done,) = made.engine.generate([Request(name, tokens, b"k" * 16, Limits(6, 1.0, (), ()))])
+            row = torch.tensor([tokens + done.tokens])
+            score = torch.arange(row.shape[1])[None] >= len(tokens)
+            with torch.no_grad():
+                out = made.policy(row, torch.tensor([row.shape[1]]), score, temperature=1.0, values=False)
+            return done.tokens, torch.tensor(done.logprobs), out.logprobs[0, len(tokens) :]
+
+        before = sampled("before")
+        for _ in range(3):
+            iteration(made)
+        after = sampled("after")
+    tolerance = 1e-4 if precision == "float32" else 0.05
+    for _, by_engine, by_policy in (before, after):
+        torch.testing.assert_close(by_engine, by_policy, atol=tolerance, rtol=0)
+    assert not torch.equal(before[1], after[1])
 
 
 def test_derived_numbers_are_those_of_the_built_model(tmp_path: Path) -> None:

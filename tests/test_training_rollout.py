@@ -378,3 +378,36 @@ def test_messages_of_a_reply_are_what_the_environment_hears(tmp_path: Path) -> N
         assert text.startswith(reply.message.content)
         assert one.transcript.views["policy"][1] == reply.message == Message("assistant", reply.message.content)
     assert Turn().agent == "policy"
+
+
+def test_while_the_environments_of_one_half_think_the_other_half_decodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, tuple[str, ...]]] = []
+    with scene(tmp_path, turns=3, sampling={"tasks_per_step": 5, "max_turns": 3}) as made:  # sessions in workers
+        fresh_conversations(made)
+        never_cut(made)
+        rollout = made.source._rollout  # type: ignore[union-attr]
+        host, generate = rollout._host, made.engine.generate
+        step, collect = host.step, host.collect
+
+        def stepped(replies: Any) -> Any:
+            events.append(("asked", tuple(name for name, _ in replies)))
+            return step(replies)
+
+        def collected(ticket: Any) -> Any:
+            events.append(("awaited", tuple(entry.session for entry in ticket.entries)))
+            return collect(ticket)
+
+        def decoded(requests: Any) -> list[Completion]:
+            events.append(("decoded", tuple(one.conversation.rpartition("/")[0] for one in requests)))
+            return generate(requests)
+
+        monkeypatch.setattr(host, "step", stepped)
+        monkeypatch.setattr(host, "collect", collected)
+        made.engine.generate = decoded  # type: ignore[method-assign]
+        episodes = made.source.episodes(0)
+    names = tuple(one.session for one in episodes)
+    one, two = names[:3], names[3:]
+    turn = [("awaited", one), ("decoded", one), ("asked", one), ("awaited", two), ("decoded", two), ("asked", two)]
+    assert events == [*turn * 3, ("awaited", one), ("awaited", two)]

@@ -205,3 +205,18 @@ def test_minibatches_are_equal_parts_and_keep_groups_together(tmp_path: Path) ->
             seen = [set(part.group.tolist()) for part in parts]
             assert sum(len(groups) for groups in seen) == 6  # none is split
         assert passes[0][0].episode.tolist() != passes[1][0].episode.tolist()
+
+
+@pytest.mark.parametrize("limit", [1e-9, 10.0])
+def test_nothing_is_computed_after_the_optimizer_step_that_went_beyond_target_kl(tmp_path: Path, limit: float) -> None:
+    recipe = tiny(
+        algorithm={"type": "ppo", "target_kl": limit},
+        optimizer={"lr": 1e-2, "passes": 2, "minibatches": 2, "tokens_per_micro_batch": 4096},
+    )
+    with trainer(tmp_path / "run", recipe) as made:
+        batch, forwards = credited(made), []
+        made.policy.register_forward_hook(lambda *_: forwards.append(1))
+        metrics = made.updater.update(batch, Progress(0, 3)).means()
+    # The first of the four cannot have moved yet; the second is measured before it moves.
+    steps = 2 if limit < 1 else 4
+    assert (len(forwards), metrics["optimizer_steps"], metrics["stopped_early"]) == (steps, steps, steps == 2)

@@ -273,10 +273,11 @@ class RLOO(Group):
     """REINFORCE leave-one-out: each episode against the mean of its siblings, as one action each.
 
     Ahmadian et al. 2024, "Back to Basics: Revisiting REINFORCE-Style Optimization for Learning from Human Feedback in
-    LLMs", the RLOO estimator. The score holds −β·Σ k1 *before* the baseline, as in the paper and in TRL, so that a
-    sibling's KL is in the baseline too; verl puts a KL into the loss unless told otherwise. The paper takes one step on
-    fresh samples, where the ratio is 1; for more steps the ratio of whole episodes is clipped, as in TRL. An episode's
-    log-prob is a sum, never divided by its length. Left out: nothing.
+    LLMs", the RLOO estimator: A_i = s_i − Σ_{j≠i} s_j / (k − 1) for k episodes of a task. The score s holds −β·Σ k1
+    *before* the baseline, as in the paper and in TRL, so that a sibling's KL is in the baseline too; verl puts a KL
+    into the loss unless told otherwise. The paper takes one step on fresh samples, where the ratio is 1; for more steps
+    the ratio of whole episodes is clipped, as in TRL. An episode's log-prob is a sum, never divided by its length. Left
+    out: nothing.
     """
 
     Config = variant(

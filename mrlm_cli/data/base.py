@@ -120,6 +120,10 @@ class Dataset(ABC):
     def apart(self) -> tuple[Split, ...]:
         """The held-out splits that are data of their own; the others are shares of the training rows."""
 
+    def called(self, split: Split) -> str:
+        """What messages call the rows of a split that `rows` gives."""
+        return f"the dataset of type {self.config.type} ({split})"
+
     @abstractmethod
     def rows(self, split: Split) -> Iterator[Row]:
         """The rows in their order, of the training split or of one that is `apart`.
@@ -151,6 +155,10 @@ class FileDataset(Dataset):
     def _files(self) -> dict[Split, str | None]:
         config = self.config
         return {"train": config.path, "validation": config.validation_path, "test": config.test_path}
+
+    def called(self, split: Split) -> str:
+        """See Dataset."""
+        return f"the data {self._files[split]}"
 
     def rows(self, split: Split) -> Iterator[Row]:
         """See Dataset."""

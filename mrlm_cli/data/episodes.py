@@ -50,6 +50,10 @@ class Episodes(Dataset):
         """None: shares are held out."""
         return ()
 
+    def called(self, split: Split) -> str:
+        """See Dataset."""
+        return f"the data {self.config.path}"
+
     def rows(self, split: Split) -> Iterator[Row]:
         """See Dataset."""
         path = Path(self.config.path).expanduser()

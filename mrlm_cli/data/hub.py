@@ -45,6 +45,10 @@ class Hub(Dataset):
         config = self.config
         return {"train": config.split, "validation": config.validation_split, "test": config.test_split}
 
+    def called(self, split: Split) -> str:
+        """See Dataset."""
+        return f"the dataset {self.config.path} (split {self._splits[split]})"
+
     def rows(self, split: Split) -> Iterator[Row]:
         """See Dataset."""
         try:
@@ -57,6 +61,6 @@ class Hub(Dataset):
             table = datasets.load_dataset(config.path, config.subset, split=name)
         except Exception as error:  # a border: network, file system, unknown names and formats each raise their own
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise UserError(f"the dataset {config.path} (split {name}) cannot be read: {reason}") from error
+            raise UserError(f"{self.called(split)} cannot be read: {reason}") from error
         for number, fields in enumerate(table):
             yield Row(f"{config.path}/{name}[{number}]", fields)

@@ -45,17 +45,16 @@ def of(settings: DataSettings, folders: Sequence[Path]) -> Loaded:
 
 def load(dataset: Dataset) -> Loaded:
     """Read everything. Raises UserError if a row is bad (unless bad rows are excluded) or none is left."""
-    config = dataset.config
     left_out: dict[str, list[str]] = {}
     train = _groups(dataset, "train", left_out)
     if not train:
         why = "; ".join(f"{reason}: {_some(places)}" for reason, places in left_out.items())
-        raise UserError(f"the dataset of type {config.type} holds no usable row{f' ({why})' if why else ''}")
+        raise UserError(f"{dataset.called('train')} holds no usable row{f' ({why})' if why else ''}")
     held: dict[Split, list[Group]] = {}
     for split in dataset.apart:
         held[split] = _groups(dataset, split, left_out)
         if not held[split]:
-            raise UserError(f"the held-out data ({split}) holds no usable row")
+            raise UserError(f"{dataset.called(split)}, held out ({split}), holds no usable row")
     for split, prompts in _held_out([_prompt(group) for group in train], _shares(dataset)).items():
         held[split] = [_moved(group, split) for group in train if _prompt(group) in prompts]
         train = [group for group in train if _prompt(group) not in prompts]

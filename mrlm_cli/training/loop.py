@@ -13,8 +13,10 @@ from mrlm_cli.errors import Interrupted, ScoringError
 from mrlm_cli.metrics import Sums
 from mrlm_cli.records import Progress
 from mrlm_cli.training.annotate import annotate, unsound_rows
+from mrlm_cli.training.calibration import Calibration, Phase, phases
 from mrlm_cli.training.collate import collate
 from mrlm_cli.training.contention import Contention
+from mrlm_cli.training.source import RolloutSource
 from mrlm_cli.training.stopping import Stopper, StopRequested
 from mrlm_cli.training.summary import episode_metrics, stored
 from mrlm_cli.training.trainer import Trainer
@@ -29,8 +31,9 @@ def run(trainer: Trainer, stopper: Stopper) -> None:
     """
     steps = trainer.recipe.steps
     saved = trainer.step if trainer.resumed else None
-    assert trainer.recipe.hardware.threads is not None
-    contention = Contention(trainer.recipe.hardware.threads)
+    threads = trainer.recipe.hardware.threads
+    assert threads is not None
+    contention, calibration = Contention(threads), Calibration(threads)
     gc.collect()
     gc.freeze()  # what lives by now lives on: the collector need not walk through torch's and transformers' objects
     try:
@@ -40,9 +43,9 @@ def run(trainer: Trainer, stopper: Stopper) -> None:
             if trainer.checkpoint_due():  # a signal came before this evaluation, which may have found the best step
                 saved = trainer.save()
         while trainer.step < steps:
-            iteration(trainer)
+            done = iteration(trainer)
             trainer.end_if_given_up()
-            if disturbed := contention.look():
+            if disturbed := calibration.look(trainer.step, done) or contention.look():
                 trainer.announce.warned(disturbed)
             if trainer.evaluation_due():
                 trainer.evaluate()  # before the checkpoint: it decides which one is the best
@@ -65,12 +68,15 @@ def run(trainer: Trainer, stopper: Stopper) -> None:
     trainer.announce.finished(trainer.step)
 
 
-def iteration(trainer: Trainer) -> None:
-    """One rollout and its update; raises StopRequested, with nothing changed, if a signal comes during the rollout."""
+def iteration(trainer: Trainer) -> list[Phase]:
+    """One rollout and its update; returns what its phases took.
+
+    Raises StopRequested, with nothing changed, if a signal comes during the rollout.
+    """
     recipe, algorithm, announce = trainer.recipe, trainer.algorithm, trainer.announce
     progress = Progress(trainer.step, recipe.steps)
     sums = Sums()
-    begun = time.perf_counter()
+    begun, decoded = time.perf_counter(), decoding_seconds(trainer)
     cursor = trainer.source.state()
     try:
         episodes = trainer.source.episodes(trainer.step)
@@ -133,6 +139,18 @@ def iteration(trainer: Trainer) -> None:
         trainer.run.write_episodes(trainer.step, stored(episodes, recipe.report.episodes))
     trainer.run.append_metrics(trainer.step, metrics)
     announce.stepped(trainer.step, metrics, episodes)
+    return phases(
+        episodes,
+        decoding_seconds(trainer) - decoded,
+        ended - scored,
+        int(metrics.get("optimizer_steps", 0)),
+        algorithm.value_only(progress),
+    )
+
+
+def decoding_seconds(trainer: Trainer) -> float:
+    """Seconds in which the engine made the episodes of all steps so far; 0 for rows of a dataset."""
+    return trainer.source.decoding_seconds if isinstance(trainer.source, RolloutSource) else 0.0
 
 
 def peak_memory_mb() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -95,6 +96,7 @@ class Rollout:
         self._others = others or {}
         self._players = players
         self._scorers = scorers
+        self.decoding_seconds = 0.0  # of the learner's engine, since the beginning
         self._engines = {id(one.engine): one.engine for one in self._others.values() if isinstance(one, Frozen)}
         self._max_tokens = min(sampling.max_tokens or chat.context, chat.context)
 
@@ -217,7 +219,10 @@ class Rollout:
                 asked.setdefault(id(engine), []).append((one, talk, its))
         said: dict[str, Reply] = {}
         for key, group in asked.items():
+            begun = time.perf_counter()
             completions = engines[key].generate([talk.request(its) for _, talk, its in group])
+            if engines[key] is self._engine:
+                self.decoding_seconds += time.perf_counter() - begun
             for (one, talk, _), completion in zip(group, completions, strict=True):
                 said[one.name] = talk.say(completion, draw.policy_step if self._learns(one.speaker) else -1)
         return said

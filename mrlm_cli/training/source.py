@@ -117,6 +117,11 @@ class RolloutSource:
         lost = {one.session for one in judged} - kept
         return judged, len(lost) // self._sampling.episodes_per_task
 
+    @property
+    def decoding_seconds(self) -> float:
+        """Seconds in which the engine made all episodes so far; not those in which environments were awaited."""
+        return self._rollout.decoding_seconds
+
     def state(self) -> dict[str, Any]:
         """Tasks taken so far from each environment."""
         return {"cursor": dict(self._cursor)}
