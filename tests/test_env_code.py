@@ -24,6 +24,9 @@ pytestmark = [
 ]
 
 
+INPUTS = ("number", "list", "text")
+
+
 def make(**fields) -> Code:
     return Code(Code.Config.model_validate_json(json.dumps({"type": "code", **fields})))
 
@@ -44,7 +47,7 @@ def rows(path: Path, *items: dict) -> str:
 def index_of(given: type, expected: type, level: int = 1) -> int:
     """The first training problem of this level from one type to another."""
     for index in range(500):
-        test = generated("train", index, (level,), ("function",)).shown[0]
+        test = generated("train", index, (level,), ("function",), INPUTS).shown[0]
         if (type(test.given[0]), type(test.expected)) == (given, expected):
             return index
     raise AssertionError
@@ -63,7 +66,9 @@ def test_conformance(fields) -> None:
 
 
 def test_problems_of_the_splits_are_disjoint_by_what_they_do() -> None:
-    every = {split: {generated(split, i, (1, 2, 3), ("function",)).canonical for i in range(150)} for split in SPLITS}
+    every = {
+        split: {generated(split, i, (1, 2, 3), ("function",), INPUTS).canonical for i in range(150)} for split in SPLITS
+    }
     assert not every["train"] & every["validation"]
     assert not every["train"] & every["test"]
     assert not every["validation"] & every["test"]
@@ -71,11 +76,31 @@ def test_problems_of_the_splits_are_disjoint_by_what_they_do() -> None:
     assert min(len(every[split]) for split in SPLITS) > 75
 
 
+def test_problems_take_what_is_asked_for() -> None:
+    for inputs, kinds in ((["number"], {int}), (["list", "text"], {list, str}), (INPUTS, {int, list, str})):
+        environment = make(levels=[1, 2], inputs=inputs)
+        made = [generated("train", i, (1, 2), ("function",), tuple(inputs)) for i in range(40)]
+        assert {type(problem.hidden[0].given[0]) for problem in made} == kinds
+        assert [environment.task("train", i).data["problem"] for i in range(40)] == [problem.text for problem in made]
+    with pytest.raises(ValueError, match=r"no problem of level 3 takes any of the inputs; it has list, text"):
+        make(levels=[1, 3], inputs=["number"])
+
+
+def test_the_only_variant_of_its_step_is_not_most_of_a_split() -> None:
+    """Lengths of words in validation, squares in test: without thinning more than half of each."""
+    for split in ("validation", "test"):
+        made = Counter(generated(split, i, (1,), ("function",), INPUTS).canonical for i in range(200))
+        assert max(made.values()) < 50
+        assert len(made) > 30
+    squares = [generated("test", i, (1,), ("function",), INPUTS).solution for i in range(200)]
+    assert any("x * x" in solution for solution in squares)
+
+
 @pytest.mark.parametrize("level", range(1, code_problems.LEVELS + 1))
 def test_generated_tests_agree_with_the_solution(level) -> None:
     """An independent reading: the solution's text, run by this interpreter, gives every expected value."""
     for index in range(30):
-        problem = generated("train", index, (level,), ("function",))
+        problem = generated("train", index, (level,), ("function",), INPUTS)
         space: dict = {}
         assert problem.solution.count("    x = ") == level
         exec(problem.solution, space)
@@ -89,7 +114,7 @@ def test_generated_tests_agree_with_the_solution(level) -> None:
 
 def test_what_it_pays() -> None:
     environment = make(levels=[2])
-    problem = generated("train", 0, (2,), ("function",))
+    problem = generated("train", 0, (2,), ("function",), INPUTS)
     right = fence(problem.solution)
     for text, stop, expected in (
         (right, "end", (1.0, 1.0, 1.0, 1.0)),
@@ -114,7 +139,7 @@ def test_what_it_pays() -> None:
 
 def test_scripts_are_compared_by_lines() -> None:
     environment = make(levels=[2], forms=["script"], answer="plain")
-    problem = generated("train", 0, (2,), ("script",))
+    problem = generated("train", 0, (2,), ("script",), INPUTS)
     airy = "say = print\ndef print(*words): say(*words, end='  \\n\\n')\n" + problem.solution
     assert ask(environment, reply(airy))[-1].rewards["policy"]["exact"] == 1.0
     assert ask(environment, reply(problem.solution))[-1].rewards["policy"]["exact"] == 1.0
@@ -125,7 +150,7 @@ def test_feedback_never_tells_the_input_of_a_hidden_test() -> None:
     """A program that knows the examples puts its input into a text, a type and a line."""
     environment = make(attempts=9)
     index = index_of(int, int)
-    task, problem = environment.task("train", index), generated("train", index, (1,), ("function",))
+    task, problem = environment.task("train", index), generated("train", index, (1,), ("function",), INPUTS)
     hidden = problem.hidden[0].given[0]
     known = f"if x in {{{', '.join(f'{t.given[0]}: {t.expected}' for t in problem.shown)}}}: return "
     known += f"{{{', '.join(f'{t.given[0]}: {t.expected}' for t in problem.shown)}}}[x]"
@@ -168,7 +193,7 @@ def test_attempts_get_feedback_and_the_last_one_counts() -> None:
     environment = make(attempts=5)
     index = index_of(int, int)
     task = environment.task("train", index)
-    problem = generated("train", index, (1,), ("function",))
+    problem = generated("train", index, (1,), ("function",), INPUTS)
     x, expected = problem.shown[0].given[0], problem.shown[0].expected
     wrong = fence("def solve(x):\n    return 'no'")
     only_shown = fence(

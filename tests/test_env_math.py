@@ -4,9 +4,11 @@ import json
 import re
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
+from mrlm_cli import api
 from mrlm_cli.envs import math_answers
 from mrlm_cli.envs.conformance import HOSTILE, SPLITS, problems
 from mrlm_cli.envs.math import Math
@@ -245,6 +247,30 @@ def test_files_like_gsm8k_and_math(tmp_path):
     environment = make(path=str(tmp_path / "a.jsonl"), test_path=held)
     assert problems(environment) == []
     assert [environment.size("test"), environment.size("train") + environment.size("validation")] == [1, 2049]
+
+
+def test_the_readmes_example_trains(tmp_path, monkeypatch):
+    """Its rows and its recipe as they stand, on a model that is small."""
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = page.split("\n## Your own problems\n")[1].split("\n## ")[0]
+    rows = [json.loads(line) for line in section.split("```json\n")[1].split("```")[0].splitlines()]
+    write(
+        tmp_path / "my_problems.jsonl", rows + [{"question": f"What is {n} + 1?", "answer": n + 1} for n in range(30)]
+    )
+    recipe = section.split("```yaml\n")[1].split("```")[0]
+    small = "{type: scratch, layers: 1, hidden: 32, heads: 2, context: 512, tokenizer: bytes}"
+    (tmp_path / "my_math.yaml").write_text(recipe.replace("{type: pretrained, path: models/smollm2-135m}", small))
+    monkeypatch.chdir(tmp_path)
+    few = ["steps=1", "sampling.max_new_tokens=8", "evaluate.tasks=3", "hardware={threads: 1, precision: float32}"]
+    environment = Math(api.load_recipe("my_math.yaml").recipe.environments[0])
+    tasks = [environment.task(split, i) for split in SPLITS for i in range(environment.size(split))]
+    answers = {task.data["problem"]: task.data["answer"] for task in tasks}
+    assert [answers[next(iter(row.values()))] for row in rows] == ["31", r"\frac{3}{4}"]
+    assert api.evaluate_script("scripted:oracle", "my_math.yaml", few).components["exact"].mean == 1.0
+    run = api.train(api.load_recipe("my_math.yaml", few), plain=True)
+    (line,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert line["failed_rate"] == 0.0
+    assert {"reward/math/correct", "reward/math/format"} <= set(line)
 
 
 def test_parquet(tmp_path):

