@@ -99,7 +99,9 @@ def slow_loss(algorithm, out, batch, progress):
 
     entropy_coef = config.entropy.coef * (0.6 if config.entropy.schedule == "linear" else 1.0)
     low, high = config.clip or (math.inf, math.inf)
-    for b, chosen in chosen_tokens(config, batch).items():
+    trained = chosen_tokens(config, batch)
+    gone_from_reference, trained_rows = 0.0, sum(bool(batch.mass[b] > 0 and chosen) for b, chosen in trained.items())
+    for b, chosen in trained.items():
         gaps = {t: (out.logprobs[b, t] - batch.old_logprobs[b, t]).item() for t in chosen}
         for t, (importance, _) in slow_importance(config, batch, b, chosen).items():
             new, advantage, weight = (
@@ -120,6 +122,7 @@ def slow_loss(algorithm, out, batch, progress):
             kl = {"k2": k1**2 / 2, "k3": math.exp(-k1) - 1 + k1, "k3+": math.exp(-k1) - 1 + k1}.get(config.kl.form, 0.0)
             over_mass["policy_loss"] += weight * importance * term
             over_mass["kl_loss"] += weight * kl
+            gone_from_reference += k1
             total["mass"] += weight * (importance * term + config.kl.coef * kl)
             total["tokens"] -= entropy_coef * out.entropy[b, t].item()
             measure("approx_kl", math.exp(gaps[t]) - 1 - gaps[t])
@@ -127,11 +130,14 @@ def slow_loss(algorithm, out, batch, progress):
             measure("entropy", out.entropy[b, t].item())
             if config.clip:
                 measure("clip_fraction", float(not 1 - low <= ratio <= 1 + high))
+    measured = {}
     if config.kl.coef == 0 or config.kl.form in ("score", "reward"):
         del over_mass["kl_loss"]
+    else:
+        measured["kl"] = gone_from_reference / trained_rows
     mass = batch.mass.sum().item()
     means = {name: math.fsum(xs) / len(xs) for name, xs in per_token.items()}
-    return total, means | {name: x / mass for name, x in over_mass.items()}
+    return total, means | measured | {name: x / mass for name, x in over_mass.items()}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -40,11 +40,11 @@ def watch(made: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found: list[bool] = []
     update = made.updater.update
 
-    def seen(batch: Batch, progress: Any, *, reused: bool = False) -> Any:
-        found.append(reused)
+    def seen(batch: Batch, progress: Any, *, measures_gap: bool = False) -> Any:
+        found.append(measures_gap)
         assert batch.old_logprobs is not None
-        assert torch.equal(batch.old_logprobs, batch.logprobs) == reused
-        return update(batch, progress, reused=reused)
+        assert torch.equal(batch.old_logprobs, batch.logprobs) == measures_gap
+        return update(batch, progress, measures_gap=measures_gap)
 
     monkeypatch.setattr(made.updater, "update", seen)
     return found
@@ -60,7 +60,8 @@ def test_after_a_first_scored_step_the_samplers_are_used_and_the_gap_is_still_sh
 ) -> None:
     ends = {}
     for name, limit in (("reused", LIMIT), ("scored", 0.0)):
-        with trainer(tmp_path / name, recipe(algorithm, sampling={**SAMPLING, "reuse_within": limit})) as made:
+        changes: Any = {"sampling": {**SAMPLING, "reuse_within": limit}, "optimizer": {"minibatches": 2}}
+        with trainer(tmp_path / name, recipe(algorithm, **changes)) as made:
             found = watch(made, monkeypatch)
             for _ in range(3):
                 loop.iteration(made)
@@ -120,7 +121,7 @@ def test_values_are_those_of_a_full_scoring_and_no_head_runs(
         monkeypatch.setattr(type(made.policy), "head", None)
         if value == "separate":
             monkeypatch.setattr(type(made.policy.lm), "base_model", None)
-        reused, gaps = annotate(batch, made.policy, None, made.needs, **given, reuse=True)
+        reused, gaps = annotate(batch, made.policy, None, made.needs, **given, old_from="sampler")
     assert gaps.means() == {}
     assert reused.values is not None
     assert scored.values is not None
@@ -142,7 +143,7 @@ def test_a_resume_goes_on_reusing_with_the_same_bits(tmp_path: Path) -> None:
         made.refresh_engine()
         made.run._steps = 2
         for _ in range(2):
-            assert made.reuses_logprobs([], Progress(made.step, 4))
+            assert made.old_logprobs_from([], Progress(made.step, 4)) == "sampler"
             loop.iteration(made)
         assert load.fingerprint(made.policy) == expected
 
@@ -158,4 +159,49 @@ def test_a_checkpoint_of_before_there_was_a_gap_is_read(tmp_path: Path, monkeypa
         monkeypatch.setattr(checkpoint, "state", lambda directory: older)
         made.load(tmp_path / "run/checkpoints/step-000002")
         assert made.step == 2
-        assert not made.reuses_logprobs([], Progress(made.step, 4))
+        assert made.old_logprobs_from([], Progress(made.step, 4)) == "scoring"
+
+
+SINGLE = {"passes": 1, "minibatches": 1, "tokens_per_micro_batch": 64}
+LOSS_KL = {"type": "grpo", "kl": {"coef": 0.05}}
+PAIRS = {"tasks_per_step": 6, "episodes_per_task": 2, "max_new_tokens": 5}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "optimizer", "expected"),
+    [
+        (LOSS_KL, SINGLE, "update"),
+        (LOSS_KL, {**SINGLE, "passes": 2}, "scoring"),
+        (LOSS_KL, {**SINGLE, "minibatches": 2}, "scoring"),
+        ({"type": "rloo"}, SINGLE, "scoring"),  # its KL is credited
+        ({"type": "rloo", "kl": {"coef": 0}}, SINGLE, "update"),
+        ({"type": "grpo", "importance": {}}, SINGLE, "scoring"),
+        ({"type": "ppo"}, SINGLE, "scoring"),  # values are needed anyway
+    ],
+)
+def test_a_single_optimizer_step_needs_no_scoring_unless_something_asks_before_it(
+    tmp_path: Path, algorithm: Any, optimizer: Any, expected: str
+) -> None:
+    with trainer(tmp_path / "run", tiny(algorithm=algorithm, optimizer=optimizer, sampling=PAIRS)) as made:
+        assert made.old_logprobs_from([], Progress(0, 4)) == expected
+
+
+def test_what_the_update_takes_for_old_is_what_scoring_would_have_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same parameters and metrics, without a forward of the policy before the update."""
+    ends, metrics = {}, {}
+    for name in ("update", "scoring"):
+        with trainer(tmp_path / name, tiny(algorithm=LOSS_KL, optimizer=SINGLE, sampling=PAIRS, steps=3)) as made:
+            monkeypatch.setattr(made, "old_logprobs_from", lambda *_, name=name: name)
+            for _ in range(3):
+                loop.iteration(made)
+            ends[name] = torch.cat([each.detach().flatten() for each in made.policy.parameters()])
+            metrics[name] = rows(made)
+    assert torch.allclose(ends["update"], ends["scoring"], atol=1e-6)
+    for ours, theirs in zip(metrics["update"], metrics["scoring"], strict=True):
+        assert ours["grad_norm"] > 0
+        for key in ("sampler_gap", "sampler_gap_max", "kl", "grad_norm", "policy_loss", "approx_kl"):
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-6, rel=1e-4), key
+    assert max(row["sampler_gap_max"] for row in metrics["update"]) < 1e-4
+    assert metrics["update"][2]["kl"] != 0

@@ -23,6 +23,7 @@ class Needs:
     reference: bool  # log-probs of the reference: the policy as loaded, unless `sync` moves it
     sync: ReferenceSync | None = None  # how the reference follows the policy
     old: bool = True  # log-probs (and values, if needed at all) before the first update of an iteration
+    credits_old: bool = True  # `credit` asks for old log-probs; else a single optimizer step may take its own
     logprobs: bool = True  # the LM head in the update
     entropy: bool = True  # entropies in the update
     observed: bool = False  # log-probs of observations too

@@ -26,6 +26,7 @@ from mrlm_cli.records import Batch, Episode, PolicyOut, Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
+BEFORE = ("score", "reward")  # forms of the KL that are credited, where the others are in the loss
 FLAT = 1e-6  # scores that differ by less are equal
 
 
@@ -36,7 +37,12 @@ class Group:
 
     def __init__(self, config: GroupSettings) -> None:
         self.config = config
-        self.needs = Needs(values=False, reference=config.kl.coef > 0, sync=config.kl.sync)
+        self.needs = Needs(
+            values=False,
+            reference=config.kl.coef > 0,
+            sync=config.kl.sync,
+            credits_old=config.importance is not None or (config.kl.coef > 0 and config.kl.form in BEFORE),
+        )
         self.bootstrap = False
 
     def keep(self, group: Sequence[Episode]) -> str | None:
@@ -53,8 +59,10 @@ class Group:
         return "all episodes have the same reward" if max(scores) - min(scores) < FLAT else None
 
     def credit(self, batch: Batch, progress: Progress) -> tuple[Batch, Sums]:
-        """Advantages, weights and mass of the whole step's batch; needs `old_logprobs`, and `ref_logprobs` for a KL."""
-        assert batch.old_logprobs is not None
+        """Advantages, weights and mass of the whole step's batch; needs `ref_logprobs` for a KL.
+
+        Needs `old_logprobs` where `needs.credits_old` says so. A KL in the loss is measured there.
+        """
         config, sums = self.config, Sums()
         included = batch.mask.any(1)
         if config.truncation == "mask":
@@ -109,12 +117,14 @@ class Group:
         policy_loss = (batch.weights * per_token).sum()
         entropy = only(out.entropy).sum()
         total = policy_loss
-        if config.kl.coef > 0 and config.kl.form not in ("score", "reward"):
+        if config.kl.coef > 0 and config.kl.form not in BEFORE:
             assert batch.ref_logprobs is not None
             estimate = {"k2": formulas.kl.k2, "k3": formulas.kl.k3, "k3+": formulas.kl.k3_plus}[config.kl.form]
             kl_loss = (batch.weights * estimate(logprobs, only(batch.ref_logprobs))).sum()
             total = total + config.kl.coef * kl_loss
             sums.add("kl_loss", kl_loss.detach(), mass)
+            k1 = formulas.kl.k1(logprobs.detach(), only(batch.ref_logprobs)).double()
+            sums.add("kl", k1.sum(), active.any(1).sum())
         logprobs, log_ratios = logprobs.detach(), log_ratios.detach()
         sums.add("policy_loss", policy_loss.detach(), mass)
         sums.add("entropy", entropy.detach(), tokens)
@@ -143,14 +153,15 @@ class Group:
             raise CheckpointError(f"the checkpoint's algorithm is no group method: its state holds {sorted(state)}")
 
     def _kl_penalties(self, batch: Batch, active: Tensor, sums: Sums) -> Tensor:
-        """β·k1 of every chosen token in float64, and its measurement; 0 without a reference."""
-        assert batch.old_logprobs is not None
-        if not self.needs.reference:
+        """β·k1 of every chosen token in float64, and its measurement; 0 where the KL is in the loss, or nowhere."""
+        if self.config.kl.coef > 0:
+            sums.add("kl_coef", self.config.kl.coef)
+        if self.config.kl.coef == 0 or self.config.kl.form not in BEFORE:
             return batch.rewards.new_zeros(batch.rewards.shape).double()
+        assert batch.old_logprobs is not None
         assert batch.ref_logprobs is not None
         k1 = formulas.kl.k1(batch.old_logprobs, batch.ref_logprobs).detach().double().masked_fill(~active, 0)
         sums.add("kl", k1.sum(), active.any(1).sum())
-        sums.add("kl_coef", self.config.kl.coef)
         return self.config.kl.coef * k1
 
     def _compared(

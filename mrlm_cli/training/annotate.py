@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -11,6 +12,10 @@ from mrlm_cli.metrics import Sums
 from mrlm_cli.policy.model import Policy
 from mrlm_cli.records import Batch
 from mrlm_cli.training.collate import micro_batches
+
+# Where old log-probs come from: a forward before the update, what the sampler said, or the update's own forward. The
+# last is for a single optimizer step an iteration: nothing has moved by then, so its log-probs are the old ones.
+OldFrom = Literal["scoring", "sampler", "update"]
 
 
 class Gap:
@@ -49,17 +54,17 @@ def annotate(
     temperature: float,
     budget: int,
     phase: Callable[[str, int, int], None],
-    reuse: bool = False,
+    old_from: OldFrom = "scoring",
 ) -> tuple[Batch, Sums]:
     """`batch` with `old_logprobs`, `values`, `final_values` and `ref_logprobs` where they are needed and not there.
 
-    With `reuse` the sampler's log-probs are the old ones, and the gap is left to the update to measure. Without values
-    that saves the policy's whole pass, and with a separate critic too; values on the policy's own trunk need that
-    trunk, so that only its head and the log-softmax are saved.
+    Unless the old ones come from scoring, the gap is left to the update to measure. Without values that saves the
+    policy's whole pass, and with a separate critic too; values on the policy's own trunk need that trunk, so that only
+    its head and the log-softmax are saved. `old_logprobs` that come from the update are still absent here.
     """
     asks = needs.reference and batch.ref_logprobs is None
-    scores = needs.old and (needs.values or not reuse)
-    if needs.old and reuse:
+    scores = needs.old and (needs.values or old_from == "scoring")
+    if needs.old and old_from == "sampler":
         batch = batch.replace(old_logprobs=batch.logprobs)
     if not (scores or asks):
         return batch, Sums()
@@ -81,7 +86,7 @@ def annotate(
                     part.score,
                     temperature=temperature,
                     entropy=False,
-                    logprobs=not reuse,
+                    logprobs=old_from == "scoring",
                     values=needs.values,
                 )
                 old[rows, :width] = out.logprobs
@@ -94,7 +99,7 @@ def annotate(
                 )
                 ref[rows, :width] = out.logprobs
     batch = batch.replace(values=values, final_values=final, ref_logprobs=ref)
-    if reuse or not needs.old:
+    if old_from != "scoring" or not needs.old:
         return batch, Sums()
     gap = Gap()
     gap.add(batch, old)

@@ -98,7 +98,7 @@ def iteration(trainer: Trainer) -> list[Phase]:
     else:
         if trainer.cached_reference is not None:
             batch = batch.replace(ref_logprobs=trainer.cached_reference.logprobs(batch, episodes))
-        reuse = trainer.reuses_logprobs(episodes, progress)
+        old_from = trainer.old_logprobs_from(episodes, progress)
         batch, gaps = annotate(
             batch,
             trainer.policy,
@@ -107,7 +107,7 @@ def iteration(trainer: Trainer) -> list[Phase]:
             temperature=recipe.sampling.temperature,
             budget=recipe.optimizer.tokens_per_micro_batch,
             phase=announce.phase,
-            reuse=reuse,
+            old_from=old_from,
         )
         if rows := unsound_rows(batch):
             trainer.updater.refuse(
@@ -119,7 +119,7 @@ def iteration(trainer: Trainer) -> list[Phase]:
             batch, credited = algorithm.credit(batch, progress)
             sums.update(credited)
             scored = time.perf_counter()
-            sums.update(trainer.updater.update(batch, progress, reused=reuse))
+            sums.update(trainer.updater.update(batch, progress, measures_gap=needs.old and old_from != "scoring"))
             trainer.refresh_engine()
     ended = time.perf_counter()
     trainer.step += 1

@@ -19,6 +19,7 @@ from mrlm_cli.policy.model import Policy
 from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.records import Episode, Progress
 from mrlm_cli.training import checkpoint
+from mrlm_cli.training.annotate import OldFrom
 from mrlm_cli.training.announce import Announcer
 from mrlm_cli.training.collate import trainable
 from mrlm_cli.training.dataset import DatasetSource
@@ -100,11 +101,18 @@ class Trainer:
         if isinstance(self.source, RolloutSource):
             self.engine.load(self.policy.lm)
 
-    def reuses_logprobs(self, episodes: Sequence[Episode], progress: Progress) -> bool:
-        """Whether the sampler's log-probs serve as old ones: in float32, of this very policy, and the gap allows it.
+    def old_logprobs_from(self, episodes: Sequence[Episode], progress: Progress) -> OldFrom:
+        """The cheapest source of old log-probs that is exact enough for this iteration.
 
-        Not while the update scores nothing that the gap could be measured on.
+        The update's own forward, if it is the only one and nothing asks before. The sampler's in float32, if they are of
+        this very policy and the gap allows it; not while the update scores nothing that it could be measured on.
         """
+        optimizer = self.recipe.optimizer
+        if optimizer.passes * optimizer.minibatches == 1 and not (self.needs.values or self.needs.credits_old):
+            return "update"
+        return "sampler" if self._reuses_logprobs(episodes, progress) else "scoring"
+
+    def _reuses_logprobs(self, episodes: Sequence[Episode], progress: Progress) -> bool:
         limit = self.recipe.sampling.reuse_within
         if self.recipe.hardware.precision != "float32" or self._gap is None or self._gap > limit:
             return False

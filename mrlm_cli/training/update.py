@@ -57,11 +57,11 @@ class Updater:
         self._refused = refused  # told of every refusal
         self.refused_in_a_row = 0
 
-    def update(self, batch: Batch, progress: Progress, *, reused: bool = False) -> Sums:
+    def update(self, batch: Batch, progress: Progress, *, measures_gap: bool = False) -> Sums:
         """Every optimizer step of an iteration; a refused one leaves the parameters bit for bit as they were.
 
-        Ends early once an algorithm says stop, or `gave_up`. Where the sampler's log-probs were `reused`, their gap is
-        measured on the forward of the first optimizer step, before it moves anything.
+        Ends early once an algorithm says stop, or `gave_up`. Where nothing was scored before, the gap to the sampler's
+        log-probs is measured on the forward of the first optimizer step, before it moves anything.
         """
         sums = Sums()
         sums.add("lr", self._adam.schedule(progress))
@@ -73,7 +73,7 @@ class Updater:
             for part in self._minibatches(batch, progress, pass_number):
                 self._phase("update", done + refused + skipped, total)
                 try:
-                    gap = Gap() if reused and done == 0 else None
+                    gap = Gap() if measures_gap and done == 0 else None
                     last = self._optimizer_step(part, progress, gap)
                 except Refused as error:
                     refused += 1
@@ -160,6 +160,8 @@ class Updater:
                 )
                 if gap is not None:
                     gap.add(part, out.logprobs)
+                if needs.old and part.old_logprobs is None:
+                    part = part.replace(old_logprobs=out.logprobs)
                 parts, metrics = self._algorithm.loss(out, part, progress)
                 loss = parts["mass"] / mass + parts["tokens"] / tokens
                 if not torch.isfinite(loss):

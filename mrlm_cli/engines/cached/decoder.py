@@ -18,7 +18,7 @@ from mrlm_cli.engines.weights import decoding
 from mrlm_cli.errors import EngineError
 from mrlm_cli.records import Completion, Request
 
-PREFILL_TOKENS = 2048  # padded tokens of one prefill forward; a longer prompt makes a forward of its own
+PREFILL_TOKENS = 512  # padded tokens of one prefill forward, which suits the cache; a longer prompt makes its own
 TURNOVER = 8  # rows are retired and refilled when at least one in this many has ended
 
 
