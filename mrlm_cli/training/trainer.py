@@ -104,8 +104,8 @@ class Trainer:
     def old_logprobs_from(self, episodes: Sequence[Episode], progress: Progress) -> OldFrom:
         """The cheapest source of old log-probs that is exact enough for this iteration.
 
-        The update's own forward, if it is the only one and nothing asks before. The sampler's in float32, if they are of
-        this very policy and the gap allows it; not while the update scores nothing that it could be measured on.
+        The update's own forward, if it is the only one and nothing asks before. The sampler's in float32, if they are
+        of this very policy and the gap allows it; not while the update scores nothing to measure it on.
         """
         optimizer = self.recipe.optimizer
         if optimizer.passes * optimizer.minibatches == 1 and not (self.needs.values or self.needs.credits_old):

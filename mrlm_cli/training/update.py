@@ -161,7 +161,7 @@ class Updater:
                 if gap is not None:
                     gap.add(part, out.logprobs)
                 if needs.old and part.old_logprobs is None:
-                    part = part.replace(old_logprobs=out.logprobs)
+                    part = part.replace(old_logprobs=out.logprobs.detach())
                 parts, metrics = self._algorithm.loss(out, part, progress)
                 loss = parts["mass"] / mass + parts["tokens"] / tokens
                 if not torch.isfinite(loss):
