@@ -18,12 +18,14 @@ from mrlm_cli.errors import UserError
 from mrlm_cli.events import Collected, Evaluation, Listener, Wanted
 from mrlm_cli.recipe import compose
 from mrlm_cli.recipe.agents import Scripted
-from mrlm_cli.recipe.compose import Composed
+from mrlm_cli.recipe.compose import Checked, Composed
 from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.recipe.sections import Sampling
 
 if TYPE_CHECKING:
     from mrlm_cli.data.load import Loaded
     from mrlm_cli.envs.play import Person, Played
+    from mrlm_cli.recipe.outside import Absent
     from mrlm_cli.records import Split
     from mrlm_cli.training.rundir import RunDirectory
 
@@ -51,28 +53,47 @@ def fetch(name: str, to: Path | None = None) -> Path:
     return bring(name, to)
 
 
-def missing_model(path: Path) -> str:
-    """What to say of a model that is not there, with the command that brings it where there is one."""
-    from mrlm_cli.policy.fetch import missing
+def demand(composed: Composed) -> None:
+    """Raises RecipeError for whatever the recipe names and is not there."""
+    from mrlm_cli.recipe import outside
 
-    return missing(path)
+    outside.demand(absent(composed))
+
+
+def refuse_existing(run_dir: Path) -> None:
+    """Raises UserError, with the command to go on, if a run of this name was trained already or something else lies
+    there, RunDirectoryError if a process trains in it."""
+    from mrlm_cli.training.rundir import RunDirectory
+
+    RunDirectory.refuse_existing(run_dir)
+
+
+def absent(checked: Composed | Checked) -> list[Absent]:
+    """Files, functions, models and runs that a recipe or fragment names and that are not there. Nothing is loaded."""
+    from mrlm_cli.policy import fetch
+    from mrlm_cli.recipe import outside
+
+    models = outside.Models(fetch.KNOWN, fetch.missing)
+    return outside.absent(checked.tree, checked.sections, checked.folders, models)
 
 
 def train(composed: Composed, *, run_dir: Path | None = None, continue_run: bool = False, plain: bool = False) -> Path:
     """Train a recipe in a new run directory, or go on with an identical one; returns the directory.
 
-    Raises UserError if the directory exists (or, with `continue_run`, holds another recipe), Interrupted after a
+    A run of that name which ended before its first step is replaced. Raises UserError if the directory exists otherwise
+    (or, with `continue_run`, holds another recipe), RecipeError for what it names and is not there, Interrupted after a
     signal, NonFiniteError.
     """
+    demand(composed)
     _import_training()
     from mrlm_cli.training import machine
-    from mrlm_cli.training.rundir import RunDirectory
+    from mrlm_cli.training.rundir import RunDirectory, untrained
     from mrlm_cli.training.stage import settled
 
     path = run_dir or Path("runs") / composed.recipe.name
     recipe = settled(composed.recipe, composed.folders)
     recipe_yaml = compose.dump(recipe)
-    if path.exists() and continue_run:
+    if continue_run and path.exists() and not untrained(path):
         if RunDirectory.open(path).recipe_yaml() != recipe_yaml:
             raise UserError(f"{path} holds a run of another recipe; choose another with --run-dir or name=…")
         return resume(path, (), plain=plain)
@@ -83,8 +104,8 @@ def train(composed: Composed, *, run_dir: Path | None = None, continue_run: bool
         "plugins": registry.plugin_hashes(_plugin_names(recipe), composed.folders),
     }
 
-    def create() -> None:
-        RunDirectory.create(path, recipe_yaml=recipe_yaml, origins=origin, machine=machine.describe())
+    def create() -> RunDirectory:
+        return RunDirectory.create(path, recipe_yaml=recipe_yaml, origins=origin, machine=machine.describe())
 
     _run(recipe, composed.folders, RunDirectory(path), create, plain, None)
     return path
@@ -96,7 +117,6 @@ def resume(run_dir: Path | None, overrides: Sequence[str] = (), *, plain: bool =
     Only `steps`, `evaluate`, `checkpoint` and `report` may be overridden. Returns the directory; a run that has come
     to its end is left as it is.
     """
-    _import_training()
     from mrlm_cli.training.rundir import RunDirectory, latest_run
 
     run = RunDirectory.open(run_dir if run_dir is not None else latest_run())
@@ -108,10 +128,12 @@ def resume(run_dir: Path | None, overrides: Sequence[str] = (), *, plain: bool =
     composed = compose.load(run.path / "recipe.yaml", overrides, folders=folders)
     recipe_yaml = compose.dump(composed.recipe)
 
-    def record() -> None:
+    def record() -> RunDirectory:
         if overrides:
             run.update_recipe(recipe_yaml, {**origin, "origins": {**origin["origins"], **_overridden(composed)}})
+        return run
 
+    _import_training()
     _run(composed.recipe, folders, run, record, plain, origin["plugins"])
     return run.path
 
@@ -134,6 +156,10 @@ def evaluate(
     A run or a checkpoint brings its own recipe; a model directory or hub id needs one.
     Raises UserError, CheckpointError.
     """
+    from mrlm_cli.training import targets
+
+    if recipe is None and not targets.brings_recipe(Path(target)):
+        raise UserError(targets.no_recipe(Path(target)))
     _import_training()
     from mrlm_cli.training import examine
 
@@ -209,8 +235,6 @@ def collect(
     The tasks are those of an environment, of a recipe, or of the run itself. With an environment, overrides that begin
     with no section of a recipe are its settings. Raises UserError, CheckpointError.
     """
-    _import_training()
-    from mrlm_cli.training import collect as collecting
     from mrlm_cli.training import targets
 
     run, checkpoint = (None, None) if target.startswith("scripted:") else targets.find(Path(target), False)
@@ -225,15 +249,21 @@ def collect(
             one if one.partition("=")[0].partition(".")[0] in Recipe.model_fields else f"environments.0.{one}"
             for one in overrides
         ]
+        if own is not None:
+            _demand_length(target, own.recipe, settings)
         chosen = compose.of({**fields, "environments": [{"type": environment}]}, environment, settings)
     elif recipe is not None:
         chosen = compose.load(recipe, overrides)
-    elif checkpoint is not None:
+    elif checkpoint is not None and own is not None and own.recipe.data is None:
         chosen = compose.load(checkpoint / "recipe.yaml", overrides, folders=folders)
     else:
-        raise UserError(f"{target} brings no tasks: say which with --environment NAME or --recipe RECIPE")
+        why = "" if own is None else "was trained on data and "
+        raise UserError(f"{target} {why}brings no tasks: say which with --environment NAME or --recipe RECIPE")
     if not chosen.recipe.environments:
         raise UserError(f"{chosen.path} learns from data and has no tasks: say which with --environment NAME")
+    _import_training()
+    from mrlm_cli.training import collect as collecting
+
     return collecting.collect(target if checkpoint is None else str(checkpoint / "policy"), chosen, wanted)
 
 
@@ -255,7 +285,7 @@ def _run(
     recipe: Recipe,
     folders: Sequence[Path],
     run: RunDirectory,
-    enter: Callable[[], None],
+    enter: Callable[[], RunDirectory],
     plain: bool,
     plugins: Mapping[str, str] | None,
 ) -> None:
@@ -277,9 +307,10 @@ def _run(
         Stage(recipe, folders, journal=run.journal, check=stopper.check, phase=announce.phase) as stage,
     ):
         trainer = Trainer(recipe, folders, stage, run, announce)
-        if plugins is None:
-            enter()
-        with run.lock():
+        made = enter() if plugins is None else run
+        with made.lock():
+            if made.replaced:
+                announce.warned(f"the former run {run.path} ended before its first step, and is replaced")
             if plugins is not None:
                 checkpoint.sweep(run.checkpoints)
                 newest = checkpoint.newest_whole(run.checkpoints, announce.warned)
@@ -294,6 +325,17 @@ def _run(
             parameters = sum(parameter.numel() for parameter in trainer.policy.parameters())
             announce.started(run.path, recipe, trainer.step, parameters)
             loop.run(trainer, stopper)
+
+
+def _demand_length(target: str, recipe: Recipe, settings: Sequence[str]) -> None:
+    """Raises UserError where a run on data has so short a context that the default length of replies does not fit."""
+    context = getattr(recipe.model, "context", None)
+    given = any(one.startswith("sampling.max_") for one in settings)
+    if recipe.data is not None and context is not None and context <= Sampling().max_new_tokens and not given:
+        raise UserError(
+            f"{target} was trained on data, which does not say how long a reply may be: add sampling.max_new_tokens=N, "
+            f"less than its context of {context} tokens"
+        )
 
 
 def _listeners(plain: bool) -> list[Listener]:

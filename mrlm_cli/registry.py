@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
+from mrlm_cli import blame
 from mrlm_cli.errors import UnknownName, UserError
 
 BUILT_IN: dict[str, dict[str, str]] = {
@@ -170,7 +171,10 @@ def _load_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+        where = "" if isinstance(error, SyntaxError) else blame.place(error)  # which says where itself
+        raise UserError(
+            f"{path} cannot be imported: {type(error).__name__}: {error}{f' ({where})' if where else ''}"
+        ) from error
     return module
 
 

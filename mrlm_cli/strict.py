@@ -3,6 +3,7 @@
 And what the settings of every environment, dataset, algorithm and engine share, so that a recipe can hold them unseen.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,6 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Stands beside a setting's type: its texts name something outside of the recipe, which `mrlm validate` looks for.
+
+    A file; a function or class as ./file.py:name or package.module:name; a model by directory, run, checkpoint, .gguf
+    file or hub id; a run of a reward model; a run or file of episodes; the words of a command. `besides` are texts that
+    mean something else.
+    """
+
+    kind: Literal["file", "function", "model", "reward model", "episodes", "command"]
+    besides: tuple[str, ...] = ()
 
 
 class Strict(BaseModel):

@@ -5,6 +5,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,7 +124,6 @@ def test_wrong_input_is_one_paragraph_and_exit_2(run: Run, arguments: list[str],
         (Interrupted(15, "saved"), 143, "saved\n"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1, "No space left on device: runs/x\n"),
         (OSError(errno.EROFS, "Read-only file system"), 1, "Read-only file system\n"),
-        (ZeroDivisionError("oh"), 1, "ZeroDivisionError: oh (a bug in mrlm or in a plugin; --debug shows where)\n"),
     ],
 )
 def test_errors_become_exit_codes(
@@ -139,6 +139,18 @@ def test_errors_become_exit_codes(
         assert found == code
         assert err.startswith("Traceback")
         assert err.endswith(told)
+
+
+def test_an_unexpected_error_says_in_whose_code_it_arose(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any, **keywords: Any) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(api, "train", fails)
+    code, _, err = run("train", "small.yaml")
+    assert code == 1
+    assert re.fullmatch(r"ZeroDivisionError: oh \(test_cli.py:\d+ in fails; --debug shows the whole traceback\)\n", err)
+    monkeypatch.setattr(api, "train", len)
+    assert "(a bug in mrlm or in a plugin; --debug shows the whole traceback)" in run("train", "small.yaml")[2]
 
 
 def test_a_keyboard_interrupt_exits_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,27 +337,42 @@ def test_a_dry_run_checks_and_does_nothing(run: Run, tmp_path: Path) -> None:
     code, _, err = run("train", "small.yaml", "--dry-run")
     assert (code, err) == (
         2,
-        "runs/small exists already; go on with it: mrlm resume runs/small, or choose another --run-dir\n",
+        "runs/small exists already and is not a run directory; choose another name or --run-dir\n",
     )
     assert run("train", "small.yaml", "--dry-run", "--continue")[0] == 0
 
 
 @pytest.mark.parametrize(
-    ("path", "code", "told"),
+    ("path", "told", "later"),
     [
-        ("models/smollm2-135m", 2, "there is no model at models/smollm2-135m; bring it by: mrlm fetch smollm2-135m"),
-        ("./here", 2, "there is no model at here"),
-        ("/nowhere/at/all", 2, "there is no model at /nowhere/at/all"),
-        ("here/model.gguf", 2, "there is no model at here/model.gguf"),
-        ("someone/some-model", 0, ""),
+        ("models/smollm2-135m", "there is no model at models/smollm2-135m; bring it by: mrlm fetch smollm2-135m", True),
+        ("runs/other", "there is no model at runs/other; mrlm list runs names those that are there", True),
+        ("runs/sort_sft", "there is no model at runs/sort_sft; mrlm train sort_sft makes it", True),
+        ("./here", "there is no model at here", False),
+        ("models/other", "there is no model at models/other", False),
+        ("/nowhere/at/all", "there is no model at /nowhere/at/all", False),
+        ("here/model.gguf", "there is no model at here/model.gguf", False),
+        ("./small.yaml", "small.yaml is a file; a model is a directory with config.json and .safetensors", False),
+        ("./empty", "empty holds no model: it has no config.json", False),
+        ("someone/some-model", "", False),
     ],
 )
-def test_a_model_that_is_not_there(run: Run, tmp_path: Path, path: str, code: int, told: str) -> None:
+def test_a_model_that_is_not_there(run: Run, tmp_path: Path, path: str, told: str, later: bool) -> None:
     section = "{type: scratch, layers: 1, hidden: 32}"
+    (tmp_path / "empty").mkdir()
     (tmp_path / "big.yaml").write_text(GOOD.replace(section, f"{{type: pretrained, path: {path}}}"))
-    assert run("validate", "big.yaml")[0] == 0  # validating needs no model
-    found, _, err = run("train", "big.yaml", "--dry-run")
-    assert (found, err.strip()) == (code, told)
+    code, out, err = run("validate", "big.yaml")
+    place = "big.yaml:3:33 model.path: "
+    if later:  # another command makes it
+        assert (code, out, err) == (0, f"big.yaml: a valid recipe\n  not here yet: {place}{told}\n", "")
+    else:
+        assert code == (2 if told else 0)
+        assert told in err
+    for command in (["--dry-run"], []) if told else (["--dry-run"],):
+        code, _, err = run("train", "big.yaml", *command)
+        assert code == (2 if told else 0)
+        assert told in err
+        assert err.startswith(place if told else "")
 
 
 def test_info_is_complete(run: Run) -> None:

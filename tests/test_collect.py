@@ -14,9 +14,11 @@ from mrlm_cli.cli.app import main
 from mrlm_cli.data.load import of
 from mrlm_cli.errors import UserError
 from mrlm_cli.events import Wanted
+from mrlm_cli.recipe.compose import dump
 from mrlm_cli.records import Episode, Message
 from mrlm_cli.training.collect import demonstrations, pairs
 from mrlm_cli.training.rollout import Draw
+from tests.data_helpers import chats
 from tests.kit import settings, tiny, trainer
 
 ENVIRONMENT = ["--environment", "sort_digits", "digits=3"]
@@ -54,6 +56,33 @@ def test_the_tasks_are_of_the_split_asked_for_and_only_good_episodes_stay(tmp_pa
     assert 0 < len(right) < 60
     assert list(found.rows) == right
     assert found.left_out == {"earned too little": 60 - len(right)}
+
+
+def test_a_run_on_data_needs_tasks_and_perhaps_a_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = {"type": "jsonl", "path": str(chats(tmp_path / "rows.jsonl")), "rows_per_step": 8}
+    (tmp_path / "sft.yaml").write_text(dump(tiny(data=data, algorithm={"type": "sft"}, steps=1, name="sft")))
+    assert main(["train", "sft.yaml"]) == 0
+    capsys.readouterr()
+
+    def told(*arguments: str) -> str:
+        assert main(["collect", "runs/sft", *arguments]) == 2
+        return capsys.readouterr().err
+
+    for overrides in ([], ["sampling.max_new_tokens=8"]):
+        assert told(*overrides) == (
+            "runs/sft was trained on data and brings no tasks: say which with --environment NAME or --recipe RECIPE\n"
+        )
+    assert told(*ENVIRONMENT) == (
+        "runs/sft was trained on data, which does not say how long a reply may be: add sampling.max_new_tokens=N, less "
+        "than its context of 64 tokens\n"
+    )
+    wanted = Wanted(6, 1, "train")
+    found = api.collect("runs/sft", wanted, environment="sort_digits", overrides=["sampling.max_new_tokens=1"])
+    (reason,) = (reason for reason in found.left_out if "cut" in reason)
+    assert reason == "were cut by a limit (sampling.max_new_tokens is 1)"
 
 
 def test_a_runs_pairs_are_verified_and_go_into_a_recipe(tmp_path: Path) -> None:
@@ -114,7 +143,7 @@ def test_a_models_answers_are_collected_with_its_own_recipe_or_another_environme
     )
     assert main(["train", "r.yaml"]) == 0
     own = api.collect("runs/r", Wanted(20, 1))
-    assert len(own.rows) + own.left_out["were cut by a limit"] == 20
+    assert len(own.rows) + own.left_out["were cut by a limit (sampling.max_new_tokens is 30)"] == 20
     assert {row["environment"] for row in own.rows} == {"sort_digits"}
     other = api.collect("runs/r", Wanted(20, 1), environment="arithmetic", overrides=["sampling.temperature=2"])
     assert {row["environment"] for row in other.rows} == {"arithmetic"}

@@ -119,7 +119,7 @@ def test_a_smoke_recipe_is_trained_evaluated_and_gone_on_with(name: str, capsys:
 def test_a_dry_run_reads_the_rows_and_tells_of_bad_ones(capsys: pytest.CaptureFixture[str]) -> None:
     Path("r.yaml").write_text(GOOD)
     assert main(["train", "r.yaml", "--dry-run"]) == 2
-    assert "rows.jsonl cannot be read: No such file" in capsys.readouterr().err
+    assert capsys.readouterr().err == "r.yaml:5:27 data.path: there is no file rows.jsonl\n"
     jsonl(Path("rows.jsonl"), [pair_row("21")])
     for words in (["--dry-run"], []):
         assert main(["train", "r.yaml", *words]) == 2

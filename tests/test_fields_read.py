@@ -235,6 +235,7 @@ def test_every_field_is_read(tmp_path: Path, reads: set[tuple[str, str]], monkey
     from mrlm_cli.training.stopping import Stopper
 
     with trainer(tmp_path / "refused", tiny(sampling={"max_tokens": 6, "max_new_tokens": 4})) as made:
+        made.fitting.any = True  # as if others had fitted
         loop.iteration(made)  # no prompt fits, so the iteration is refused
     write_data(tmp_path, monkeypatch)
     for number, changes in enumerate(RUNS):

@@ -10,7 +10,7 @@ import pytest
 import mrlm_cli
 
 ROOT = Path(mrlm_cli.__file__).parent
-BASE = {"__init__", "errors", "records", "strict", "registry", "metrics", "draws", "events", "schedules"}
+BASE = {"__init__", "blame", "errors", "records", "strict", "registry", "metrics", "draws", "events", "schedules"}
 EXTRAS = {
     "gguf",
     "accelerate",

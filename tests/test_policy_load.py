@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from mrlm_cli.errors import CheckpointError, MissingExtra, UserError
 from mrlm_cli.policy import gguf, load, pretrained, scratch
 from mrlm_cli.policy.value import Critic
 from mrlm_cli.recipe.sections import Chat, PretrainedModel, ScratchModel, Value
+from mrlm_cli.training import checkpoint
 
 SCRATCH = ScratchModel(type="scratch", layers=2, hidden=16, heads=2, context=32)
 
@@ -226,21 +228,26 @@ def test_dropout_is_off_wherever_the_configuration_asked_for_it(tmp_path):
     assert torch.equal(first, second)
 
 
-def test_a_run_a_checkpoint_and_a_model_directory_are_all_models(saved, tmp_path):
-    checkpoint, policy = saved
+def test_a_run_a_checkpoint_and_a_model_directory_are_all_models(saved, tmp_path, capsys):
+    directory, policy = saved
     run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    newest = run / "checkpoints" / "step-000020"
-    checkpoint.rename(newest)
-    older = run / "checkpoints" / "step-000010"
-    load.save(build(SCRATCH, seed=77)[0], build(SCRATCH)[1].tokenizer, older)
-    assert load.model_directory(run) == newest / "policy"  # no `latest` yet: the newest
-    (run / "checkpoints" / "latest").symlink_to("step-000010")
-    assert load.model_directory(run) == older / "policy"
+    other, chat = build(SCRATCH, seed=77)
+    older = checkpoint.write(run / "checkpoints", 10, lambda place: load.save(other, chat.tokenizer, place))
+    newest = checkpoint.write(
+        run / "checkpoints", 20, lambda place: shutil.copytree(directory, place, dirs_exist_ok=True)
+    )
+    assert load.model_directory(run) == newest / "policy"
     assert load.model_directory(newest) == newest / "policy"
     assert load.model_directory(newest / "policy") == newest / "policy"
-    (run / "checkpoints" / "latest").unlink()
     assert digest(build(at(run))[0].lm) == digest(policy.lm)
+    weights = newest / "policy" / "model.safetensors"
+    broken = bytearray(weights.read_bytes())
+    broken[-1] ^= 1  # which the format itself does not notice
+    weights.write_bytes(broken)
+    assert load.model_directory(run) == older / "policy"
+    assert "checkpoint step-000020 is left out" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="sha256 differs"):
+        load.model_directory(newest)
 
 
 def test_wrong_directories_are_refused_in_one_sentence(saved, tmp_path, monkeypatch):

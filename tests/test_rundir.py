@@ -46,6 +46,7 @@ def test_born_whole(run: RunDirectory) -> None:
 
 def test_a_taken_name_is_refused_and_left_alone(run: RunDirectory, tmp_path: Path) -> None:
     before = (run.path / "recipe.yaml").read_text()
+    run.append_metrics(1, {"reward": 0.5})
     with pytest.raises(UserError, match=f"exists already; go on with it: mrlm resume {run.path}"):
         RunDirectory.create(run.path, recipe_yaml="name: other\n", origins={}, machine={})
     assert (run.path / "recipe.yaml").read_text() == before

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 import mrlm_cli
+from mrlm_cli import blame
 from mrlm_cli.cli import collecting, inspecting, machine, playing, running
 from mrlm_cli.errors import MrlmError
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode still shows every line
-    debug = "--debug" in given
+    debug = blame.debug = "--debug" in given
     try:
         code = app([word for word in given if word != "--debug"], prog_name="mrlm", standalone_mode=False)
         sys.stdout.flush()
@@ -76,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f": {error.filename}" if error.filename else ""
         return _failed(f"{error.strerror or error}{place}", 1, debug)
     except Exception as error:
-        return _failed(f"{type(error).__name__}: {error} (a bug in mrlm or in a plugin; --debug shows where)", 1, debug)
+        where = blame.place(error) or "a bug in mrlm or in a plugin"
+        return _failed(f"{type(error).__name__}: {error} ({where}; --debug shows the whole traceback)", 1, debug)
 
 
 def _usage(text: str, given: Sequence[str]) -> str:

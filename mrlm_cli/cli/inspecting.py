@@ -29,7 +29,8 @@ def validate(
     ],
     overlay: Overlay = None,
 ) -> None:
-    """Check recipes and fragments; every problem with file, line and column."""
+    """Check recipes and fragments, and whether what they name is there; every problem with file, line and column."""
+    from mrlm_cli import api
     from mrlm_cli.recipe import compose
 
     given = words(context, files)
@@ -44,8 +45,13 @@ def validate(
         except RecipeError as error:
             problems.append(str(error))
             continue
+        absent = api.absent(checked)
+        wrong = [one.text for one in absent if not one.later]
+        if wrong:
+            problems += wrong
+            continue
         kind = f"a valid fragment: {', '.join(checked.sections) or 'empty'}" if checked.fragment else "a valid recipe"
-        print(f"{recipe}: {kind}")
+        print(f"{recipe}: {kind}", *(f"  not here yet: {one.text}" for one in absent), sep="\n")
     if problems:
         raise RecipeError("\n".join(problems))
 

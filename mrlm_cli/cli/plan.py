@@ -6,11 +6,10 @@ import importlib.util
 from pathlib import Path
 
 from mrlm_cli import api, registry
-from mrlm_cli.errors import MissingExtra, UserError
-from mrlm_cli.recipe.agents import Frozen
+from mrlm_cli.errors import MissingExtra
 from mrlm_cli.recipe.compose import Composed
 from mrlm_cli.recipe.derived import Derived, derive
-from mrlm_cli.recipe.sections import PretrainedModel, ScratchModel
+from mrlm_cli.recipe.sections import PretrainedModel
 
 # modules of each extra, looked for without importing them
 EXTRAS = {
@@ -34,19 +33,18 @@ EXTRAS = {
 def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:
     """Print the plan. Raises UserError or MissingExtra for what would stop the training at its start."""
     recipe = composed.recipe
-    if run_dir.exists() and not continue_run:
-        raise UserError(f"{run_dir} exists already; go on with it: mrlm resume {run_dir}, or choose another --run-dir")
-    check_model(recipe.model)
-    for agent in recipe.agents.values():
-        if isinstance(agent, Frozen) and agent.path is not None:
-            check_model(PretrainedModel(type="pretrained", path=agent.path))
+    if not continue_run:
+        api.refuse_existing(run_dir)
+    api.demand(composed)
     from_gguf = isinstance(recipe.model, PretrainedModel) and recipe.model.path.endswith(".gguf")
     if from_gguf and any(importlib.util.find_spec(module) is None for module in EXTRAS["gguf"]):
         raise MissingExtra("reading a GGUF file", "gguf")
     if recipe.model.lora is not None and importlib.util.find_spec("peft") is None:
         raise MissingExtra("model.lora", "lora")
     for environment in recipe.environments:  # an environment raises MissingExtra when it is made
-        registry.resolve("environments", environment.type, composed.folders)(environment)
+        made = registry.resolve("environments", environment.type, composed.folders)(environment)
+        if Path(getattr(environment, "path", None) or "").is_file():
+            made.size("train")  # reads every problem of the file
     for reward in recipe.rewards:
         registry.resolve("rewards", reward.type, composed.folders)(reward)
     names = ", ".join(environment.label for environment in recipe.environments)
@@ -60,19 +58,6 @@ def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:
     print(f"{composed.path.name}: {recipe.algorithm.type} on {names} for {steps} steps, into {run_dir}")
     print("\n".join(derived_lines(derive(recipe, composed.folders))))
     print("dry run: everything above was checked, nothing was built, trained or written")
-
-
-def check_model(model: ScratchModel | PretrainedModel) -> None:
-    """Raises UserError with the command that brings a model that is not there; a hub id cannot be checked here."""
-    if isinstance(model, ScratchModel):
-        return
-    path = Path(model.path).expanduser()
-    if path.exists():
-        return
-    somewhere = path.is_absolute() or model.path.startswith(".") or model.path.count("/") != 1
-    if somewhere or path.suffix == ".gguf" or path.parent.name in ("models", "runs"):
-        runs = "" if path.parent.name != "runs" else "; mrlm list runs names those that are there"
-        raise UserError(api.missing_model(path) + runs)
 
 
 def derived_lines(derived: Derived) -> list[str]:

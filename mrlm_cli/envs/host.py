@@ -30,6 +30,7 @@ from typing import Any, Protocol
 from mrlm_cli.envs.base import Environment, EnvironmentSettings, Session
 from mrlm_cli.envs.failures import Failures
 from mrlm_cli.envs.pool import HUNG, Outcome, Worker
+from mrlm_cli.envs.troubles import Troubles, trace
 from mrlm_cli.envs.wire import check_turn, describe_exception
 from mrlm_cli.errors import HungReply, ScoringError, SessionFailure, UserError
 from mrlm_cli.records import Reply, Split, Task, Turn
@@ -48,6 +49,9 @@ class Journal(Protocol):
     def record(self, session: str, turn: int, failure: str) -> None:
         """Keep a failure; it must be on disk, or lost together with everything that follows from it."""
 
+    def keep_traceback(self, text: str) -> Path | None:
+        """Keep the traceback of an exception for whoever looks for the mistake; says where, None if nowhere."""
+
 
 class NoJournal:
     """For evaluations, which are never replayed."""
@@ -58,6 +62,10 @@ class NoJournal:
 
     def record(self, session: str, turn: int, failure: str) -> None:
         """Nothing is kept."""
+
+    def keep_traceback(self, text: str) -> Path | None:
+        """There is no run to keep it in."""
+        return None
 
     def recall_score(self, session: str, reward: str, digest: str) -> None:
         """Nothing is remembered of rewards either."""
@@ -127,7 +135,9 @@ class Host:
             if not _in_process(environment):
                 outside[label] = environment
         self._outside = frozenset(outside)
-        self._workers = [Worker(i, outside, folders, deadline) for i in range(workers if outside else 0)]
+        self._troubles = Troubles(journal.keep_traceback)
+        number = workers if outside else 0
+        self._workers = [Worker(i, outside, folders, deadline, self._troubles) for i in range(number)]
         for label, environment in outside.items():  # whoever asks this instance for a task has the deadline kept
             environment.task = partial(self._task, label)  # type: ignore[method-assign]
 
@@ -241,7 +251,7 @@ class Host:
                 held.session = environment.open(task, seed)
                 return check_turn(held.session.start(), environment)
 
-            return _now(start)
+            return self._now(start)
 
         return self._ask(name, held, begin)
 
@@ -256,7 +266,7 @@ class Host:
         session, environment = held.session, self.environments[held.label]
         if session is None:
             raise ValueError(f"session {name!r} has not started")
-        return self._ask(name, held, lambda: _now(lambda: check_turn(session.step(reply), environment)))
+        return self._ask(name, held, lambda: self._now(lambda: check_turn(session.step(reply), environment)))
 
     def _ask(self, name: str, held: _Open, ask: Callable[[], Future[Outcome]]) -> _Awaited:
         if held.worker is None:
@@ -268,6 +278,20 @@ class Host:
         judged = self.environments[held.label].judging_seconds is not None
         known.set_result(HungReply(recalled) if judged and recalled.startswith(HUNG) else SessionFailure(recalled))
         return _Awaited(name, held.label, held.turns, known, journalled=False)
+
+    def _now(self, ask: Callable[[], Outcome]) -> Future[Outcome]:
+        """Done at once. A built-in environment's bug fails its session as a user's would; a UserError propagates."""
+        outcome: Future[Outcome] = Future()
+        try:
+            outcome.set_result(ask())
+        except SessionFailure as failure:
+            outcome.set_result(failure)
+        except UserError:
+            raise
+        except Exception as error:
+            self._troubles.tell("environment", trace(error))
+            outcome.set_result(SessionFailure(describe_exception(error)))
+        return outcome
 
     def _wait(self, entry: _Awaited) -> Outcome:
         self._awaited = entry
@@ -282,17 +306,3 @@ class Host:
 def _in_process(environment: Environment) -> bool:
     # A user's subclass of a built-in environment inherits `audited`, but nobody audited it.
     return environment.audited and environment.in_process and type(environment).__module__.startswith("mrlm_cli.")
-
-
-def _now(ask: Callable[[], Outcome]) -> Future[Outcome]:
-    """Done at once. A built-in environment's bug fails its session as a user's would; a user's mistake propagates."""
-    outcome: Future[Outcome] = Future()
-    try:
-        outcome.set_result(ask())
-    except SessionFailure as failure:
-        outcome.set_result(failure)
-    except UserError:
-        raise
-    except Exception as error:
-        outcome.set_result(SessionFailure(describe_exception(error)))
-    return outcome

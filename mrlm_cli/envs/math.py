@@ -19,7 +19,7 @@ from mrlm_cli.envs.single import SingleReply
 from mrlm_cli.envs.splits import split_classes
 from mrlm_cli.errors import UserError
 from mrlm_cli.records import Reply, Split, Task
-from mrlm_cli.strict import EnvironmentSettings
+from mrlm_cli.strict import EnvironmentSettings, Names
 
 CANDIDATES = 4000  # problems drawn of each topic and level, of which equal ones are kept once
 _INSTRUCTIONS = {
@@ -53,11 +53,11 @@ class Math(Environment):
         """Generators, each as likely as the others; not used with a file."""
         levels: Annotated[tuple[Annotated[int, Field(ge=1, le=LEVELS)], ...], Field(strict=False, min_length=1)] = (1,)
         """Difficulties from 1 to 5, each as likely as the others; not used with a file."""
-        path: str | None = None
+        path: Annotated[str | None, Names("file")] = None
         """A file of problems instead of generators: JSON lines, or .parquet (extra `parquet`)."""
-        validation_path: str | None = None
+        validation_path: Annotated[str | None, Names("file")] = None
         """A file of validation problems; by default a tenth of those in `path`."""
-        test_path: str | None = None
+        test_path: Annotated[str | None, Names("file")] = None
         """A file of test problems; by default a tenth of those in `path`. Problems in it are never trained on."""
         form: math_answers.Form = "boxed"
         """Where the answer is asked for: in a box, between tags, or as the last thing said."""

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from mrlm_cli.envs.base import Environment
 from mrlm_cli.envs.process import DiedError, LateError, StoppedError, WorkerProcess
+from mrlm_cli.envs.troubles import Troubles
 from mrlm_cli.envs.wire import frame, reply_to_json, task_from_json, task_to_json, turn_from_json
 from mrlm_cli.errors import DeadlineExceeded, HungReply, MrlmError, SessionFailure
 from mrlm_cli.records import Message, Reply, Split, Task, Turn
@@ -44,12 +45,18 @@ class Worker:
     """
 
     def __init__(
-        self, number: int, environments: Mapping[str, Environment], folders: Sequence[Path], deadline: float
+        self,
+        number: int,
+        environments: Mapping[str, Environment],
+        folders: Sequence[Path],
+        deadline: float,
+        troubles: Troubles,
     ) -> None:
         self._name = f"environment worker {number}"
         self._environments = environments
         self._folders = folders
         self._deadline = deadline
+        self._troubles = troubles
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._stopping = Event()
         self._thread: Thread | None = None
@@ -214,7 +221,7 @@ class Worker:
 
     def _running(self) -> WorkerProcess:
         if self._process is None:
-            self._process = WorkerProcess(self._name, self._stopping)
+            self._process = WorkerProcess(self._name, self._stopping, self._troubles)
             environments = {
                 label: {"type": made.config.type, "config": made.config.model_dump_json()}
                 for label, made in self._environments.items()

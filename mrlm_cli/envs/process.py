@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Event
 from typing import IO, Any
 
+from mrlm_cli.envs.troubles import Troubles
 from mrlm_cli.envs.wire import FOLDER, HEADER, MAX_FRAME, frame
 from mrlm_cli.errors import MrlmError
 
@@ -45,8 +46,9 @@ class WorkerProcess:
     stderr. What the environment leaves in another session (setsid) survives.
     """
 
-    def __init__(self, name: str, stopping: Event, module: str = "mrlm_cli.envs.worker") -> None:
+    def __init__(self, name: str, stopping: Event, troubles: Troubles, module: str = "mrlm_cli.envs.worker") -> None:
         self._name = name
+        self._troubles = troubles
         self._stopping = stopping
         self._folder = tempfile.TemporaryDirectory(prefix=FOLDER, ignore_cleanup_errors=True)
         self._process = subprocess.Popen(
@@ -93,7 +95,10 @@ class WorkerProcess:
                 elif self._process.poll() is not None:
                     raise DiedError(self._ending())
         self._forward()
-        return _decode(answer)
+        fields = _decode(answer)
+        if "trace" in fields:
+            self._troubles.tell(self._name, fields.pop("trace"))
+        return fields
 
     def initialise(self, folders: Sequence[Path], **held: Any) -> None:
         """Tell the worker what to hold; `folders` lead its sys.path. Raises MrlmError if it cannot start.

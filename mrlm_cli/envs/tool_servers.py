@@ -23,7 +23,7 @@ from pydantic import Field
 
 from mrlm_cli.envs.tool_schema import ToolError
 from mrlm_cli.errors import DeadlineExceeded, MissingExtra, SessionFailure
-from mrlm_cli.strict import Strict, Strings
+from mrlm_cli.strict import Names, Strict, Strings
 
 START_SECONDS = 20.0  # for a server to start and to list its tools
 CLOSE_SECONDS = 5.0  # for a server to end; then it is left to the end of the process
@@ -35,7 +35,7 @@ _BOUND = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.a
 class ServerSettings(Strict):
     """One MCP server; the tools that it lists are offered beside the others."""
 
-    command: Annotated[Strings, Field(min_length=1)]
+    command: Annotated[Strings, Field(min_length=1), Names("command")]
     """Program and arguments; it speaks MCP over standard input and output. A file is looked up beside the recipe."""
     variables: Strings = ()
     """Names of environment variables that it is given, besides PATH, HOME and the like."""

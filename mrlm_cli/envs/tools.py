@@ -21,7 +21,7 @@ from mrlm_cli.envs.tool_servers import ServerSettings, ToolServers, close, requi
 from mrlm_cli.envs.tool_tasks import NEEDED, Kind, ToolTask, generated
 from mrlm_cli.errors import UserError
 from mrlm_cli.records import Message, Reply, Split, Task, Turn
-from mrlm_cli.strict import EnvironmentSettings, Strings
+from mrlm_cli.strict import EnvironmentSettings, Names, Strings
 
 ToolName = Literal["calculator", "python", "search", "notes", "files"]
 _ASK = "Give the final answer between <answer> and </answer>."
@@ -57,10 +57,10 @@ class Tools(Environment):
         """Kinds of generated tasks, each as likely as the others; not used with a file."""
         tools: Annotated[tuple[ToolName, ...], Field(strict=False)] = ()
         """Built-in tools to offer besides those that the kinds need."""
-        path: str | None = None
+        path: Annotated[str | None, Names("file")] = None
         """A file of tasks instead of kinds, JSON lines or .parquet (extra `parquet`): rows with `question`, `answer`,
         and perhaps `tools`, the names of those to offer for it (by default all)."""
-        functions: Strings = ()
+        functions: Annotated[Strings, Names("function")] = ()
         """Tools of your own: ./my_tools.py:name beside the recipe or in the working directory, or
         package.module:name. The name, the types and the docstring are what the policy is told."""
         mcp: Annotated[tuple[ServerSettings, ...], Field(strict=False)] = ()

@@ -20,7 +20,7 @@ from mrlm_cli.envs.splits import split_classes
 from mrlm_cli.errors import MissingExtra, SessionFailure, UserError
 from mrlm_cli.records import Message, Reply, Split, Task, Turn
 from mrlm_cli.registry import function
-from mrlm_cli.strict import EnvironmentSettings, Strings
+from mrlm_cli.strict import EnvironmentSettings, Names, Strings
 
 OWN = ("reward", "exact")  # components that are there without `scores`
 
@@ -44,7 +44,7 @@ class Verifiers(Environment):
     class Config(EnvironmentSettings):
         """Which tasks."""
 
-        path: Annotated[str, Field(pattern=":")]
+        path: Annotated[str, Field(pattern=":"), Names("function")]
         """./my_tasks.py:load beside the recipe, or package.module:load, which gives a Taskset (or tasks in order)."""
         settings: dict[str, Any] = Field(default_factory=dict)
         """Parameters with which it is called."""

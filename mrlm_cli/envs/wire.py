@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import struct
-import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from mrlm_cli import blame
 from mrlm_cli.envs.base import Environment
 from mrlm_cli.errors import SessionFailure
 from mrlm_cli.records import Message, Reply, Task, Turn
@@ -82,13 +82,13 @@ def _finite(value: Any, what: str) -> float:
 
 
 def describe_exception(error: BaseException) -> str:
-    """Type, text (cut if long) and place of an exception."""
+    """Type, text (cut if long) and place of an exception: in a person's own file if it went through one."""
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     text = text if len(text) <= MAX_FAILURE else text[:MAX_FAILURE] + " …"
     if isinstance(error, SessionFailure):
         return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
+    frame = blame.last(error)
+    return f"{text} ({Path(frame.filename).name}:{frame.lineno})" if frame else text
 
 
 def task_to_json(task: Task) -> dict[str, Any]:

@@ -8,9 +8,10 @@ It answers requests in order, one at a time, in its main thread:
     {"op": "step", "session": name, "reply": {...}}                              -> {"turns": [one]}
     {"op": "close", "session": name}                                             -> {"turns": []}
 
-or {"failure": text} where the environment broke. Frames are four bytes of length and a line of JSON; the pipes are
-duplicated before any user code runs, and descriptor 1 becomes stderr, so that printing cannot break the protocol.
-Interrupts are ignored, since the trainer decides when to end; when the trainer is gone, the process group ends itself.
+or {"failure": text} where the environment broke, with a "trace" of what it raised. Frames are four bytes of length and
+a line of JSON; the pipes are duplicated before any user code runs, and descriptor 1 becomes stderr, so that printing
+cannot break the protocol. Interrupts are ignored, since the trainer decides when to end; when the trainer is gone, the
+process group ends itself.
 This is no sandbox: user code may do what the user may do.
 """
 
@@ -22,7 +23,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +31,7 @@ from threading import Thread
 from typing import IO, Any
 
 from mrlm_cli.envs.base import Environment, Session
+from mrlm_cli.envs.troubles import trace
 from mrlm_cli.envs.wire import (
     FOLDER,
     HEADER,
@@ -45,8 +46,6 @@ from mrlm_cli.envs.wire import (
 from mrlm_cli.errors import SessionFailure
 from mrlm_cli.records import Split, Task
 from mrlm_cli.registry import resolve
-
-MAX_TRACEBACKS = 20  # distinct failures whose traceback is printed
 
 
 class Sessions:
@@ -100,23 +99,19 @@ class Sessions:
 
 
 def serve(answer: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
-    """Answer requests until the pipe closes; what `answer` raises becomes {"failure": text}."""
+    """Answer requests until the pipe closes; what `answer` raises becomes {"failure": text, "trace": …}."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, answers = _take_pipes()
     _prefer_to_die()
     inbox: SimpleQueue[dict[str, Any]] = SimpleQueue()
     Thread(target=_receive, args=(requests, inbox), daemon=True).start()
-    printed = set[str]()
     while True:
         request = inbox.get()
         try:
             data = frame(answer(request))
         except BaseException as error:  # user code ends here, SystemExit included
-            failure = describe_exception(error)
-            if not isinstance(error, SessionFailure) and failure not in printed and len(printed) < MAX_TRACEBACKS:
-                printed.add(failure)
-                traceback.print_exc()
-            data = frame({"failure": failure})
+            told = {} if isinstance(error, SessionFailure) else {"trace": trace(error)}
+            data = frame({"failure": describe_exception(error), **told})
         answers.write(data)
         answers.flush()
 

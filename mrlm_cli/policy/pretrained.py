@@ -6,6 +6,7 @@ import copy
 import hashlib
 import re
 import socket
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +22,16 @@ from transformers.utils import logging as transformers_logging
 from mrlm_cli.errors import CheckpointError, MrlmError, UserError
 from mrlm_cli.policy import lora
 from mrlm_cli.policy.fetch import KNOWN, missing
-from mrlm_cli.recipe.shape import ADAPTER_CONFIG, adapter_base
+from mrlm_cli.recipe import checkpoints
+from mrlm_cli.recipe.outside import is_local
+from mrlm_cli.recipe.shape import ADAPTER_CONFIG, adapter_base, is_model
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def model_directory(path: Path) -> Path:
-    """The model's directory that `path` means: a run (its latest checkpoint), a checkpoint (its policy/), or a model.
+    """The model's directory that `path` means: of a run (its newest whole checkpoint), of a checkpoint, or itself.
 
     Raises UserError if nothing is there, CheckpointError if it is none of these.
     """
@@ -37,26 +40,21 @@ def model_directory(path: Path) -> Path:
         raise UserError(missing(path))
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; a model is a directory with config.json and .safetensors, or a .gguf")
-    if _is_model(path):
+    if is_model(path):
         return path
     return checkpoint_directory(path) / "policy"
 
 
 def checkpoint_directory(path: Path) -> Path:
-    """The checkpoint that `path` means: a run directory (its latest, else its newest) or a checkpoint itself."""
-    if _is_model(path / "policy"):
+    """The whole checkpoint that `path` means: a run's newest one, or a checkpoint itself. Raises CheckpointError."""
+    if is_model(path / "policy"):
+        if (path / checkpoints.MANIFEST).is_file():
+            checkpoints.verify(path)
         return path
-    checkpoints = path / "checkpoints"
-    candidates = [checkpoints / "latest", *sorted(checkpoints.glob("step-*"), reverse=True)]
-    for candidate in candidates:
-        if _is_model(candidate / "policy"):
-            return candidate.resolve()
-    raise CheckpointError(f"{path} holds no model: neither config.json nor policy/ nor a checkpoint of a run")
-
-
-def _is_model(directory: Path) -> bool:
-    """Whether a directory holds a model, or adapters alone."""
-    return (directory / "config.json").is_file() or (directory / ADAPTER_CONFIG).is_file()
+    newest = checkpoints.newest_whole(path / "checkpoints", lambda text: print(text, file=sys.stderr))
+    if newest is None:
+        raise CheckpointError(f"{path} holds no model: neither config.json nor policy/ nor a checkpoint of a run")
+    return newest.resolve()
 
 
 def fingerprint(path: str) -> str | None:
@@ -100,7 +98,7 @@ def read(path: str) -> tuple[Any, Any]:
             return _adapted(directory)
         refuse_pickle(directory)
         source = str(directory)
-    elif _is_local(path):
+    elif is_local(path) or place.name in KNOWN or HUB_ID.fullmatch(path) is None:
         raise UserError(missing(place))
     else:
         source = path
@@ -188,13 +186,6 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _is_local(path: str) -> bool:
-    """Whether a path where nothing is cannot be a hub id; asking the hub for it would take long and confuse."""
-    place = Path(path)
-    beside = len(place.parts) > 1 and (place.parts[0] in ("models", "runs") or place.parent.is_dir())
-    return beside or place.name in KNOWN or HUB_ID.fullmatch(path) is None
 
 
 def _hub_answers() -> bool:

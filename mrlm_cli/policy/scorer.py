@@ -12,16 +12,31 @@ from mrlm_cli.policy import load
 from mrlm_cli.policy.pretrained import checkpoint_directory, hashed
 from mrlm_cli.policy.written import written
 from mrlm_cli.recipe import compose
+from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.recipe.sections import PretrainedModel
 from mrlm_cli.records import Transcript
 
 
 def fingerprint(path: str) -> str:
-    """A sha256 of all files that a Scorer of `path` reads, and of their names. Raises CheckpointError."""
-    checkpoint = checkpoint_directory(Path(path).expanduser())
+    """A sha256 of all files that a Scorer of `path` reads, and of their names. Raises as a Scorer."""
+    checkpoint, _ = _trained(path)
     files = [checkpoint / "recipe.yaml", checkpoint / load.VALUE_FILE]
     files += [file for part in ("policy", load.CRITIC) for file in (checkpoint / part).glob("*")]
     return hashed(checkpoint, files)
+
+
+def _trained(path: str) -> tuple[Path, Recipe]:
+    """The checkpoint of a reward model, and the recipe that trained it."""
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        raise UserError(f"there is no reward model {path}; expected a run or checkpoint of algorithm reward_model")
+    checkpoint = checkpoint_directory(place)
+    if not (checkpoint / "recipe.yaml").is_file():
+        raise CheckpointError(f"{checkpoint} has no recipe.yaml, so its reward model cannot be built")
+    recipe = compose.load(checkpoint / "recipe.yaml").recipe
+    if recipe.algorithm.type != "reward_model":
+        raise UserError(f"{path} is a run of {recipe.algorithm.type}; expected one of algorithm reward_model")
+    return checkpoint, recipe
 
 
 class Scorer:
@@ -31,15 +46,7 @@ class Scorer:
     """
 
     def __init__(self, path: str, *, device: str = "cpu", precision: str = "float32", budget: int = 4096) -> None:
-        place = Path(path).expanduser()
-        if not place.is_dir():
-            raise UserError(f"there is no reward model {path}; expected a run or checkpoint of algorithm reward_model")
-        checkpoint = checkpoint_directory(place)
-        if not (checkpoint / "recipe.yaml").is_file():
-            raise CheckpointError(f"{checkpoint} has no recipe.yaml, so its reward model cannot be built")
-        recipe = compose.load(checkpoint / "recipe.yaml").recipe
-        if recipe.algorithm.type != "reward_model":
-            raise UserError(f"{path} is a run of {recipe.algorithm.type}; expected one of algorithm reward_model")
+        checkpoint, recipe = _trained(path)
         value = recipe.model.value  # a critic has the shape that it had, whatever lies now where it began
         value = value.model_copy(update={"path": str(checkpoint) if value.type == "separate" else None})
         section = PretrainedModel(

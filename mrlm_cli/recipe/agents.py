@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mrlm_cli.recipe.sections import Chat
-from mrlm_cli.strict import Strict, Strings
+from mrlm_cli.strict import Names, Strict, Strings
 
 
 class Learner(Strict):
@@ -22,7 +22,7 @@ class Frozen(Strict):
 
     type: Literal["frozen"]
     """The role is played by a fixed policy."""
-    path: str | None = None
+    path: Annotated[str | None, Names("model")] = None
     """A model's, run's or checkpoint's directory, a `.gguf` file or a hub id; by default the policy as it started."""
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None
     """Sampling temperature, 0 is greedy; by default sampling.temperature. The same in training and evaluation."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,22 @@ class Composed:
     origins: dict[str, str]  # key path -> "default", "file:line" or "override"
     path: Path  # the recipe's file, absolute
     folders: tuple[Path, ...]  # where ./plugin.py files are looked up: the recipe's folder, the working directory
+    tree: Node = field(repr=False)  # what was read, with the place of every value
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """Every section by its name."""
+        return {name: getattr(self.recipe, name) for name in Recipe.model_fields}
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
     """What a valid file holds. `sections` are those that a fragment sets; a recipe has them all."""
 
-    path: Path
     fragment: bool
     sections: dict[str, Any]
+    folders: tuple[Path, ...]  # as in Composed
+    tree: Node = field(repr=False)
 
 
 def load(
@@ -73,9 +80,10 @@ def check(recipe: str | Path, overrides: Sequence[str] = (), overlay: str | Path
     tree = _compose(path, overrides, overlay)
     if _is_fragment(tree):
         folders = _folders(path, ())
-        return Checked(path, True, validate.fragment(validate.absolute(tree, folders), folders))
+        tree = validate.absolute(tree, folders)
+        return Checked(True, validate.fragment(tree, folders), folders, tree)
     composed = _finish(tree, path, ())
-    return Checked(path, False, {name: getattr(composed.recipe, name) for name in Recipe.model_fields})
+    return Checked(False, composed.sections, composed.folders, composed.tree)
 
 
 def environment(name: str, settings: Sequence[str]) -> tuple[EnvironmentSettings, tuple[Path, ...]]:
@@ -148,7 +156,7 @@ def _finish(tree: Node, path: Path, more: Sequence[Path]) -> Composed:
     tree = validate.absolute(tree, folders)
     recipe = validate.recipe(tree, folders)
     origins = {".".join(key): _origin(tree, key) for key, _ in _leaves(recipe.model_dump(mode="json"), ())}
-    return Composed(recipe, origins, path, folders)
+    return Composed(recipe, origins, path, folders, tree)
 
 
 def _folders(path: Path, more: Sequence[Path]) -> tuple[Path, ...]:

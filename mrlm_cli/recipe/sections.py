@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mrlm_cli.strict import Schedule, Strict, Strings
+from mrlm_cli.strict import Names, Schedule, Strict, Strings
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -22,7 +22,7 @@ class Value(Strict):
     """Factor on the value loss's gradient into a shared trunk; 0 trains the head alone."""
     lr: Annotated[float, Field(gt=0, le=1)] | None = None
     """Peak learning rate of the value head or the critic; by default the optimizer's lr."""
-    path: str | None = None
+    path: Annotated[str | None, Names("model")] = None
     """A checkpoint's or model's directory from which a separate critic starts; by default a copy of the policy."""
 
     @model_validator(mode="after")
@@ -99,7 +99,7 @@ class PretrainedModel(Strict):
 
     type: Literal["pretrained"]
     """A model that was trained before."""
-    path: str
+    path: Annotated[str, Names("model")]
     """A local directory, a checkpoint or run directory of mrlm, a `.gguf` file, or a hub id."""
     value: Value = Value()
     """The value function."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mrlm_cli.errors import CheckpointError
+from mrlm_cli.recipe import checkpoints
 from mrlm_cli.recipe.sections import PretrainedModel, ScratchModel
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -42,10 +43,10 @@ def of(model: ScratchModel | PretrainedModel) -> Shape | None:
     """The model's shape; None if its files are not here. Raises CheckpointError for files that cannot be read."""
     if isinstance(model, ScratchModel):
         return _scratch(model)
-    directory = _directory(Path(model.path).expanduser())
-    if directory is not None and (directory / ADAPTER_CONFIG).is_file():
-        directory = _directory(Path(adapter_base(directory)).expanduser())
-    return None if directory is None else _pretrained(directory)
+    place = directory(Path(model.path).expanduser())
+    if place is not None and (place / ADAPTER_CONFIG).is_file():
+        place = directory(Path(adapter_base(place)).expanduser())
+    return None if place is None else _pretrained(place)
 
 
 def adapter_base(directory: Path) -> str:
@@ -101,12 +102,18 @@ def _scratch(model: ScratchModel) -> Shape:
     return Shape(parameters, 0, model.layers, width, mlp, width, words, model.context, tuple(sorted(linear.items())))
 
 
-def _directory(path: Path) -> Path | None:
-    """The model's directory that a model, checkpoint or run directory means."""
-    for candidate in (path, path / "policy", path / "checkpoints" / "latest" / "policy"):
-        if (candidate / "config.json").is_file() or (candidate / ADAPTER_CONFIG).is_file():
-            return candidate
-    return None
+def directory(path: Path) -> Path | None:
+    """The model's directory that a model, checkpoint or run directory means, as far as names tell: nothing is verified.
+
+    A run means its newest checkpoint.
+    """
+    newest = [each / "policy" for each in checkpoints.below(path / "checkpoints")[:1]]
+    return next((each for each in (path, path / "policy", *newest) if is_model(each)), None)
+
+
+def is_model(place: Path) -> bool:
+    """Whether a directory holds a model, or adapters alone."""
+    return (place / "config.json").is_file() or (place / ADAPTER_CONFIG).is_file()
 
 
 def _pretrained(directory: Path) -> Shape | None:

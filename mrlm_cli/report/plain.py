@@ -16,7 +16,14 @@ from mrlm_cli.report.text import duration, printable
 _RHYTHM = 1.0  # seconds between step lines
 _SILENCE = 30.0  # seconds without a line after which a line says what is awaited
 _PHASES = ("rollout", "scoring", "update")
-_COLUMNS = (("reward", ".3f"), ("length", ".1f"), ("entropy", ".3f"), ("approx_kl", ".4f"))
+_COLUMNS = (
+    ("reward", ".3f"),
+    ("loss", ".4f"),
+    ("pair_accuracy", ".3f"),
+    ("length", ".1f"),
+    ("entropy", ".3f"),
+    ("approx_kl", ".4f"),
+)
 
 
 class PlainLines(Listener):

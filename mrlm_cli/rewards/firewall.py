@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from mrlm_cli.envs.failures import Failures
 from mrlm_cli.envs.process import DiedError, LateError, WorkerProcess
+from mrlm_cli.envs.troubles import Troubles
 from mrlm_cli.envs.wire import frame
 from mrlm_cli.errors import MrlmError, ScoringError
 from mrlm_cli.records import Transcript
@@ -41,6 +42,9 @@ class ScoreJournal(Protocol):
 
     def record_scores(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Keep outcomes: rows of session, reward, digest, and `values` or `failure`."""
+
+    def keep_traceback(self, text: str) -> Path | None:
+        """Keep the traceback of an exception for whoever looks for the mistake; says where, None if nowhere."""
 
 
 class Scorers:
@@ -66,7 +70,8 @@ class Scorers:
         self._journal = journal
         self._check = check
         self._awaited = ""
-        self._workers = [_Worker(number, rewards, folders) for number in range(workers if rewards else 0)]
+        troubles = Troubles(journal.keep_traceback)
+        self._workers = [_Worker(number, rewards, folders, troubles) for number in range(workers if rewards else 0)]
 
     def score(self, sessions: Sequence[tuple[str, Transcript]], *, only: str | None = None) -> list[dict[str, Outcome]]:
         """What each reward, or `only` the one of this name, gives to each session.
@@ -155,10 +160,13 @@ class Scorers:
 class _Worker:
     """One thread that keeps one process going, and asks it in order."""
 
-    def __init__(self, number: int, rewards: Sequence[RewardSettings], folders: Sequence[Path]) -> None:
+    def __init__(
+        self, number: int, rewards: Sequence[RewardSettings], folders: Sequence[Path], troubles: Troubles
+    ) -> None:
         self._name = f"reward worker {number}"
         self._rewards = rewards
         self._folders = folders
+        self._troubles = troubles
         self._stopping = Event()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=self._name)
         self._process: WorkerProcess | None = None
@@ -198,7 +206,9 @@ class _Worker:
 
     def _running(self) -> WorkerProcess:
         if self._process is None:
-            process = self._process = WorkerProcess(self._name, self._stopping, module="mrlm_cli.rewards.worker")
+            process = self._process = WorkerProcess(
+                self._name, self._stopping, self._troubles, module="mrlm_cli.rewards.worker"
+            )
             rewards = {
                 settings.label: {"type": settings.type, "config": settings.model_dump_json()}
                 for settings in self._rewards

@@ -10,6 +10,7 @@ from pydantic import Field
 from mrlm_cli.records import Transcript
 from mrlm_cli.registry import function
 from mrlm_cli.rewards.base import Reward, RewardSettings
+from mrlm_cli.strict import Names
 
 
 class Function(Reward):
@@ -21,7 +22,7 @@ class Function(Reward):
     class Config(RewardSettings):
         """Which function."""
 
-        path: Annotated[str, Field(pattern=":")]
+        path: Annotated[str, Field(pattern=":"), Names("function")]
         """./my_reward.py:name beside the recipe or in the working directory, or package.module:name."""
 
     config: Config

@@ -11,6 +11,7 @@ from mrlm_cli import registry
 from mrlm_cli.records import Limits, Message, Request, Transcript
 from mrlm_cli.rewards.base import Failure, ModelSettings, Outcome, Reward, said
 from mrlm_cli.rewards.judge import JudgeSettings, rating, shown
+from mrlm_cli.strict import Names
 
 if TYPE_CHECKING:
     from mrlm_cli.engines.base import Engine
@@ -29,7 +30,7 @@ class LocalJudge(Reward):
     class Config(JudgeSettings, ModelSettings):
         """Which model, and where it runs."""
 
-        path: Annotated[str, Field(min_length=1)]
+        path: Annotated[str, Field(min_length=1), Names("model")]
         """A model's, run's or checkpoint's directory, a `.gguf` file or a hub id; that of model.path is the reference,
         the policy as it started."""
         max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 16

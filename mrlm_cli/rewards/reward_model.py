@@ -11,6 +11,7 @@ from pydantic import Field
 from mrlm_cli.errors import UserError
 from mrlm_cli.records import Transcript
 from mrlm_cli.rewards.base import Failure, ModelSettings, Outcome, Reward, said
+from mrlm_cli.strict import Names
 
 if TYPE_CHECKING:
     from mrlm_cli.policy.scorer import Scorer
@@ -26,7 +27,7 @@ class RewardModel(Reward):
     class Config(ModelSettings):
         """Which model, and where it runs."""
 
-        path: Annotated[str, Field(min_length=1)]
+        path: Annotated[str, Field(min_length=1), Names("reward model")]
         """A run of algorithm reward_model, or one of its checkpoints."""
         low: Annotated[float, Field(ge=-1e6, le=1e6)] = -100.0
         """The least score that is sound; a session with one below counts as failed."""

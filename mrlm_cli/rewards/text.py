@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from mrlm_cli.errors import MissingExtra, UserError
 from mrlm_cli.records import Transcript
 from mrlm_cli.rewards.base import RewardSettings, TextReward
-from mrlm_cli.strict import Strings
+from mrlm_cli.strict import Names, Strings
 
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 MOST_SCORED = 1000  # characters given to the sentiment lexicon, whose time grows with their square
@@ -156,7 +156,7 @@ class Lexicon(TextReward):
 
         words: dict[str, Annotated[float, Field(ge=-1, le=1)]] = Field(default_factory=dict)
         """Score of each word, in lower case."""
-        path: str | None = None
+        path: Annotated[str | None, Names("file")] = None
         """A file of words, one a line, with a score behind a tab where it is not 1; instead of words."""
 
         @model_validator(mode="after")

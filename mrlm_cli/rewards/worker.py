@@ -3,7 +3,7 @@
     {"op": "init", "folders": [...], "rewards": {label: {"type": ..., "config": JSON text}}}   -> {"outcomes": []}
     {"op": "score", "reward": label, "transcripts": [JSON text, ...]}                          -> {"outcomes": [...]}
 
-or {"failure": text} where a reward cannot be made.
+with a "trace" of what it raised, or {"failure": text} where a reward cannot be made.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mrlm_cli.envs.troubles import trace
 from mrlm_cli.envs.wire import describe_exception
 from mrlm_cli.envs.worker import serve
 from mrlm_cli.registry import resolve
@@ -36,19 +37,20 @@ class Rewards:
                 reward = self._rewards[label] = found(found.Config.model_validate_json(settings["config"]))
                 reward.prepare()
             return {"outcomes": []}
-        return {"outcomes": self._score(self._rewards[request["reward"]], request["transcripts"])}
+        return self._score(self._rewards[request["reward"]], request["transcripts"])
 
-    def _score(self, reward: Reward, given: list[str]) -> list[dict[str, Any]]:
+    def _score(self, reward: Reward, given: list[str]) -> dict[str, Any]:
         transcripts = [transcript_from_json(json.loads(text)) for text in given]
         try:
             outcomes = list(reward.score(transcripts))
         except BaseException as error:  # a border: a reward's code may raise anything, SystemExit included
-            return [{"failure": describe_exception(error)}] * len(transcripts)
+            outcome = {"failure": describe_exception(error)}
+            return {"outcomes": [outcome] * len(transcripts), "trace": trace(error)}
         if len(outcomes) != len(transcripts):
             failure = Failure(f"it gave {len(outcomes)} outcomes for {len(transcripts)} transcripts")
-            return [outcome_to_json(failure)] * len(transcripts)
+            return {"outcomes": [outcome_to_json(failure)] * len(transcripts)}
         pairs = zip(outcomes, transcripts, strict=True)
-        return [outcome_to_json(checked(outcome, one, reward.config)) for outcome, one in pairs]
+        return {"outcomes": [outcome_to_json(checked(outcome, one, reward.config)) for outcome, one in pairs]}
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
-"""Checkpoints on disk: whole or absent, verified before use, no pickle. Needs no torch; what is inside is the caller's.
+"""Writing checkpoints: whole or absent, no pickle. Needs no torch; what is inside is the caller's.
 
     checkpoints/step-000040/     any files; manifest.json (written last) holds bytes and sha256 of each
     checkpoints/latest, best     relative symbolic links, replaced by rename
 
-Whole means that the manifest is there and every file it names has its size and sha256. Files it does not name are
-ignored. Not covered: a disk that lies about fsync.
+What whole means, and which one a run goes on from, `recipe/checkpoints.py` says.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,25 +18,31 @@ from typing import Any
 from safetensors import SafetensorError
 
 from mrlm_cli.errors import CheckpointError
+from mrlm_cli.recipe.checkpoints import (
+    MANIFEST,
+    MANIFEST_VERSION,
+    below,
+    name,
+    newest_whole,
+    sha256,
+    step_of,
+    verify,
+)
 from mrlm_cli.training import durable
 
-MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
-# A checkpoint that is being replaced by one of the same step bears the suffix until the new one is in place.
-_NAME = re.compile(r"step-(\d{6,})(\.replaced)?")
-
-
-def name(step: int) -> str:
-    """The directory name of a step's checkpoint."""
-    return f"step-{step:06d}"
-
-
-def step_of(directory: Path) -> int:
-    """The step in a checkpoint's directory name. Raises CheckpointError for any other name."""
-    match = _NAME.fullmatch(directory.name)
-    if match is None:
-        raise CheckpointError(f"{directory} is not a checkpoint: its name is not of the form step-000040")
-    return int(match[1])
+__all__ = [
+    "MANIFEST",
+    "mark_best",
+    "mark_latest",
+    "name",
+    "newest_whole",
+    "prune",
+    "state",
+    "step_of",
+    "sweep",
+    "verify",
+    "write",
+]
 
 
 def write(parent: Path, step: int, fill: Callable[[Path], None]) -> Path:
@@ -83,33 +86,6 @@ def _install(building: Path, target: Path) -> None:
         _discard(old)
 
 
-def verify(directory: Path) -> None:
-    """Return if the checkpoint is whole. Raises CheckpointError naming the first file that is not as it was written."""
-    files = _manifest(directory)["files"]
-    for relative, entry in files.items():
-        path = directory / relative
-        try:
-            size = path.stat().st_size
-            if size != entry["bytes"]:
-                raise CheckpointError(f"{path} is broken: {size} bytes instead of {entry['bytes']}")
-            if _sha256(path) != entry["sha256"]:
-                raise CheckpointError(f"{path} is broken: its content is not what was written (sha256 differs)")
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def newest_whole(parent: Path, warn: Callable[[str], None]) -> Path | None:
-    """The whole checkpoint of the highest step, or None; each broken one on the way is told to `warn`."""
-    for directory in sorted(_checkpoints(parent), key=lambda path: (-step_of(path), path.name)):
-        try:
-            verify(directory)
-        except CheckpointError as error:
-            warn(f"checkpoint {directory.name} is left out: {error}")
-        else:
-            return directory
-    return None
-
-
 def state(directory: Path) -> dict[str, Any]:
     """What state.json holds. Raises CheckpointError if it is missing or no state of a run."""
     path = directory / "state.json"
@@ -145,7 +121,7 @@ def prune(parent: Path, keep: int) -> None:
     if "latest" not in targets:
         return
     newest = step_of(Path(targets["latest"]))
-    reached = sorted((path for path in _checkpoints(parent) if step_of(path) <= newest), key=step_of)
+    reached = sorted((path for path in below(parent) if step_of(path) <= newest), key=step_of)
     with _disk(f"old checkpoints in {parent} could not be removed"):
         for path in reached[: max(0, len(reached) - keep)]:
             if path.name not in targets.values():
@@ -156,7 +132,7 @@ def sweep(parent: Path) -> None:
     """Remove what killed writers left behind; only for the process that holds the run's lock."""
     with _disk(f"stale files in {parent} could not be removed"):
         durable.sweep(parent)
-        for path in _checkpoints(parent):
+        for path in below(parent):
             if path.name.endswith(".replaced"):
                 successor = parent / name(step_of(path))
                 if successor.exists():
@@ -174,10 +150,6 @@ def _disk(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: {error}") from error
 
 
-def _checkpoints(parent: Path) -> list[Path]:
-    return [path for path in parent.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-
-
 def _discard(path: Path) -> None:
     # Renamed first: a kill while files are being deleted must not leave something that looks like a checkpoint.
     aside = durable.temporary(path)
@@ -188,31 +160,5 @@ def _discard(path: Path) -> None:
 def _digests(directory: Path) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in files
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory} is not a whole checkpoint: it has no {MANIFEST}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is broken: not JSON") from error
-    if not isinstance(found, dict) or found.get("version") != MANIFEST_VERSION:
-        raise CheckpointError(f"{path} is not a manifest of version {MANIFEST_VERSION}")
-    files = found.get("files")
-    if not isinstance(files, dict) or not all(
-        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()
-    ):
-        raise CheckpointError(f"{path} is broken: it does not list bytes and sha256 of every file")
-    return found

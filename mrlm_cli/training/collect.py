@@ -23,6 +23,7 @@ from mrlm_cli.training.source import held_out
 from mrlm_cli.training.stage import Stage, settled
 
 EXACT = "exact"  # the component by which an answer is verified
+_CUT = "were cut"  # in why an episode or a task gives no row
 
 
 def collect(policy: str, composed: Composed, wanted: Wanted) -> Collected:
@@ -36,8 +37,12 @@ def collect(policy: str, composed: Composed, wanted: Wanted) -> Collected:
         draw = Draw(recipe.seed, f"collect {wanted.split}", 0, 0)
         episodes = rollout.episodes(tasks, wanted.samples, draw, recipe.sampling.temperature)
         if wanted.pairs:
-            return pairs(episodes, environments)
-        return demonstrations(episodes, wanted.component, wanted.least)
+            found = pairs(episodes, environments)
+        else:
+            found = demonstrations(episodes, wanted.component, wanted.least)
+        limit = f" (sampling.max_new_tokens is {recipe.sampling.max_new_tokens})"
+        told = {reason + (limit if _CUT in reason else ""): count for reason, count in found.left_out.items()}
+        return Collected(found.rows, told)
 
     def phase(name: str, done: int, total: int) -> None:
         """Nobody listens."""
@@ -115,7 +120,7 @@ def pairs(episodes: Sequence[Episode], environments: Mapping[str, Environment]) 
         wrong = [one for one in fit if component_sums(one).get(EXACT, 0.0) < 1]
         candidates = [(a, b) for a in right for b in wrong if _prompt(a) == _prompt(b)]
         if not candidates:
-            reason = "all replies were cut" if not fit else "no answer is right" if not right else "no answer is wrong"
+            reason = f"all replies {_CUT}" if not fit else "no answer is right" if not right else "no answer is wrong"
             left_out[f"tasks of which {reason}"] += 1
             continue
         best, worst = min(candidates, key=lambda two: abs(_length(two[0]) - _length(two[1])))
@@ -137,7 +142,7 @@ def _unfit(one: Episode) -> str | None:
         return "failed"
     if not any(message.role == "assistant" for message in one.transcript.views.get(one.agent, ())):
         return "said nothing"
-    return None if one.ended else "were cut by a limit"
+    return None if one.ended else f"{_CUT} by a limit"
 
 
 def _view(one: Episode) -> tuple[Message, ...]:

@@ -24,6 +24,7 @@ class Conversation:
         self.view: list[Message] = []
         self.turn = 0  # replies given so far
         self.last_stop: ReplyStop | None = None
+        self.asked = 0  # tokens of what the agent was to see last, whether there was room for them or not
         self._chat = chat
         self._draw_key = draw_key
         self._max_tokens = max_tokens
@@ -44,7 +45,8 @@ class Conversation:
         else:
             assert self.last_stop is not None
             pieces = self._chat.follow(self._reply, self.last_stop, messages, tools)
-        if sum(len(tokens) for _, tokens in pieces) >= self.room:
+        self.asked = sum(len(tokens) for _, tokens in pieces)
+        if self.asked >= self.room:
             return False
         for kind, tokens in pieces:
             self._append(kind, tokens, (0.0,) * len(tokens))

@@ -16,6 +16,7 @@ from mrlm_cli.records import Episode, Span, Split, Transcript
 from mrlm_cli.strict import DataSettings
 from mrlm_cli.training.rollout import EXCLUDED
 
+_Tokens = tuple[tuple[int, ...], tuple[Span, ...]]
 _TOLD = 5  # rows left out that are named on the screen; all are counted
 
 
@@ -44,6 +45,15 @@ class DatasetSource:
         """Whether any row is held out for evaluations of the run."""
         return bool(self._loaded.validation)
 
+    @property
+    def rows(self) -> int:
+        """Training rows, pairs counted once."""
+        return len(self._loaded.train)
+
+    def any_fits(self) -> bool:
+        """Whether any training row fits the limits."""
+        return any(self._tokens(group)[1] is None for group in self._loaded.train)
+
     def held_out(self, count: int, split: Split = "validation") -> list[Episode]:
         """Episodes of the first `count` rows of a held-out split in a fixed mixed order; fewer if there are fewer."""
         groups = self._loaded.test if split == "test" else self._loaded.validation
@@ -63,7 +73,10 @@ class DatasetSource:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. Raises CheckpointError if the rows are others by now."""
         if state["data"] != self._loaded.sha256:
-            raise CheckpointError("the rows of the recipe's data have changed since the run began: it cannot go on")
+            raise CheckpointError(
+                "the rows of the recipe's data have changed since the run began: it cannot go on. If it began before "
+                "data.test_share existed, no row was kept for a test: write test_share: 0 into its recipe.yaml"
+            )
         self._cursor = int(state["cursor"])
 
     def _at(self, position: int, name: str) -> list[Episode]:
@@ -82,7 +95,18 @@ class DatasetSource:
 
     def _written(self, group: Group, session: str) -> list[Episode]:
         """The group's episodes; if one of them cannot be had, none can: a pair is whole or left out."""
-        made: list[tuple[tuple[int, ...], tuple[Span, ...]]] = []
+        made, failure = self._tokens(group)
+        if failure is not None:
+            failure = f"{EXCLUDED}{group[0].task.data['place']}: {failure}"
+            self._tell(failure)
+            made = [((), ())] * len(group)
+        return [
+            _episode(each, session, tokens, spans, failure) for each, (tokens, spans) in zip(group, made, strict=True)
+        ]
+
+    def _tokens(self, group: Group) -> tuple[list[_Tokens], str | None]:
+        """Tokens and spans of the group's transcripts, and why one cannot be had, if so."""
+        made: list[_Tokens] = []
         failure = None
         for each in group:
             try:
@@ -94,13 +118,7 @@ class DatasetSource:
                 failure = f"{len(tokens)} tokens are more than the limit of {self._max_tokens}"
                 break
             made.append((tokens, spans))
-        if failure is not None:
-            failure = f"{EXCLUDED}{group[0].task.data['place']}: {failure}"
-            self._tell(failure)
-            made = [((), ())] * len(group)
-        return [
-            _episode(each, session, tokens, spans, failure) for each, (tokens, spans) in zip(group, made, strict=True)
-        ]
+        return made, failure
 
     def _tell(self, failure: str) -> None:
         if failure not in self._told and len(self._told) < _TOLD:

@@ -33,17 +33,6 @@ def examine(target: str, recipe: str | None, overrides: Sequence[str], best: boo
             # The process that trains in the run has pruned the checkpoint meanwhile: there is a newer one.
 
 
-def _no_recipe(target: Path) -> str:
-    """What to say of a target that is neither a run nor a checkpoint, where no recipe is given."""
-    if target.suffix in (".yaml", ".yml") and target.is_file():
-        return f"{target} is a recipe; expected what it trained: mrlm eval RUN, or mrlm eval MODEL --recipe {target}"
-    beside = Path("runs") / target
-    if not target.exists() and targets.is_run(beside):
-        return f"{target} is no run or checkpoint here; did you mean {beside}?"
-    what = "brings no recipe" if target.exists() else "is no run or checkpoint here; a model brings no recipe"
-    return f"{target} {what}: say which tasks with --recipe RECIPE"
-
-
 def _evaluated(
     target: str, run: RunDirectory | None, checkpoint: Path | None, recipe: str | None, overrides: Sequence[str]
 ) -> Evaluation:
@@ -54,7 +43,7 @@ def _evaluated(
     elif checkpoint is not None:
         composed = compose.load(checkpoint / "recipe.yaml", overrides, folders=folders)
     else:
-        raise UserError(_no_recipe(Path(target)))
+        raise UserError(targets.no_recipe(Path(target)))
     loaded = composed.recipe
     if loaded.data is not None:
         if checkpoint is None:

@@ -29,7 +29,8 @@ def export(target: Path, directory: Path, dtype: str | None, best: bool) -> str:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(TYPES)}")
     if not target.is_dir():
         raise UserError(f"there is no directory {target}; expected a run, a checkpoint or a model's directory")
-    place = pretrained.model_directory(targets.find(target, best)[1] or target)
+    found = targets.find(target, best)[1]
+    place = pretrained.model_directory(target) if found is None else found / "policy"
     building = durable.temporary(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)

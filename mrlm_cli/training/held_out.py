@@ -91,7 +91,10 @@ def of_checkpoint(
     source = DatasetSource(stage.loaded, stage.chat, recipe.data, recipe.seed, lambda text: None)
     rows = source.held_out(recipe.evaluate.tasks, "test")
     if not rows:
-        raise UserError("the run's recipe keeps no rows for a test: train with data.test_share above 0, or name them")
+        raise UserError(
+            "the run's recipe keeps no rows for a test: train with data.test_share above 0 or data.test_path, or judge "
+            "it by tasks, with --recipe RECIPE"
+        )
     stored = state(checkpoint)
     reference = None
     if algorithm.needs.reference:

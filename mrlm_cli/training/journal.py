@@ -21,6 +21,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._tracebacks = path.with_name("tracebacks.txt")
         self._whole_bytes = 0
         self._loaded = False
         self._failures: dict[tuple[str, int], str] = {}
@@ -76,6 +77,16 @@ class Journal:
         if rows:
             self._append(b"".join(durable.json_line(row) for row in rows))
         self._scores |= {(row["session"], row["reward"]): dict(row) for row in rows}
+
+    def keep_traceback(self, text: str) -> Path | None:
+        """Add to the run's tracebacks.txt; None if there is no run directory yet or its disk refuses: what is told of
+        an exception must not hide it."""
+        try:
+            with self._tracebacks.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            return None
+        return self._tracebacks
 
     def _append(self, line: bytes) -> None:
         try:

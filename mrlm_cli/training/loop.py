@@ -16,6 +16,7 @@ from mrlm_cli.training.annotate import annotate, unsound_rows
 from mrlm_cli.training.calibration import Calibration, Phase, phases
 from mrlm_cli.training.collate import collate
 from mrlm_cli.training.contention import Contention
+from mrlm_cli.training.fitting import is_unfit
 from mrlm_cli.training.source import RolloutSource
 from mrlm_cli.training.stopping import Stopper, StopRequested
 from mrlm_cli.training.summary import episode_metrics, stored
@@ -71,7 +72,8 @@ def run(trainer: Trainer, stopper: Stopper) -> None:
 def iteration(trainer: Trainer) -> list[Phase]:
     """One rollout and its update; returns what its phases took.
 
-    Raises StopRequested, with nothing changed, if a signal comes during the rollout.
+    Raises StopRequested, with nothing changed, if a signal comes during the rollout, UserError if nothing fits the
+    limits.
     """
     recipe, algorithm, announce = trainer.recipe, trainer.algorithm, trainer.announce
     progress = Progress(trainer.step, recipe.steps)
@@ -84,6 +86,7 @@ def iteration(trainer: Trainer) -> list[Phase]:
         trainer.source.load_state(cursor)
         raise
     sampled = time.perf_counter()
+    trainer.note_unfit(episodes)
     trainer.note_unknown(episodes)
     sums.update(episode_metrics(episodes, trainer.environments))
     needs = trainer.needs
@@ -93,7 +96,8 @@ def iteration(trainer: Trainer) -> list[Phase]:
         sums.add("skipped_steps", recipe.optimizer.passes * recipe.optimizer.minibatches)
     elif batch is None:
         announce.warned(f"step {trainer.step + 1}: no episode can be trained on; the first: {episodes[0].failure}")
-        trainer.updater.refuse(Refused("every episode failed", []))
+        why = "no prompt or row fits" if all(is_unfit(one) for one in episodes) else "every episode failed"
+        trainer.updater.refuse(Refused(why, []))
         sums.add("skipped_steps", recipe.optimizer.passes * recipe.optimizer.minibatches)
     else:
         if trainer.cached_reference is not None:

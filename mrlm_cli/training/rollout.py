@@ -307,10 +307,10 @@ class Rollout:
             else:
                 talk.view.extend(turn.messages)
         elif not talk.hear(turn.messages, turn.tools):
-            if talk.turn == 0:
-                one.end(
-                    "failed", f"{EXCLUDED}the prompt of {turn.agent} leaves no room in {self._room(turn.agent)} tokens"
-                )
+            if talk.turn == 0 and isinstance(talk, Conversation):
+                room = self._room(turn.agent)
+                told = f"{EXCLUDED}the prompt of {turn.agent} has {talk.asked} tokens and leaves no room in {room}"
+                one.end("failed", told)
             else:
                 one.end("length")
         one.speaker = turn.agent

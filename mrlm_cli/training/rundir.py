@@ -6,6 +6,7 @@
       journal.jsonl                            what clocks and remote judges decided
       resumes.jsonl                            recipe changes of later resumes
       warnings.jsonl                           what a person was warned of, and when
+      tracebacks.txt                           exceptions of people's own code, where there were some
       episodes/step-000040.jsonl  eval/step-000000.json  checkpoints/
       base/                                    what adapters stand on, where no other directory holds it
 
@@ -48,17 +49,21 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._metrics_path = path / "metrics.jsonl"
+        self.replaced = False  # whether it took the place of a run that ended before its first step
         self._steps: int | None = None  # lines in metrics.jsonl; unknown until the first append
+        self._born: int | None = None  # inode of the directory that `create` made
 
     @classmethod
     def create(
         cls, path: Path, *, recipe_yaml: str, origins: Mapping[str, Any], machine: Mapping[str, Any]
     ) -> RunDirectory:
-        """A new run directory, built beside and renamed.
+        """A new run directory, built beside and renamed; a run of this name in which no step was done makes room.
 
-        Raises UserError if the name is taken, RunDirectoryError if the place cannot be written.
+        Raises UserError if the name is taken, RunDirectoryError if the place cannot be written or a process trains in
+        it.
         """
         cls.refuse_existing(path)
+        made = cls(path)
         building = durable.temporary(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +77,11 @@ class RunDirectory:
             for empty in ("metrics.jsonl", "journal.jsonl"):
                 (building / empty).touch()
             durable.sync_tree(building)
-            os.rename(building, path)
+            made._born = building.stat().st_ino
+            if os.path.lexists(path):
+                made._replace_untrained(building)
+            else:
+                os.rename(building, path)
             durable.sync(path.parent)
         except OSError as error:
             durable.remove(building)
@@ -82,13 +91,31 @@ class RunDirectory:
         except BaseException:
             durable.remove(building)
             raise
-        return cls(path)
+        return made
+
+    def _replace_untrained(self, building: Path) -> None:
+        """Put `building` in the place of a run in which no step was done, under its lock."""
+        old = RunDirectory(self.path)
+        with old.lock():
+            if not untrained(self.path):  # its process did a step before it left the lock
+                raise UserError(_taken(self.path))
+            aside = durable.temporary(self.path)
+            os.rename(self.path, aside)
+            os.rename(building, self.path)
+        durable.remove(aside)
+        self.replaced = True
 
     @staticmethod
     def refuse_existing(path: Path) -> None:
-        """Raises UserError, with the command to go on, if the name is taken."""
-        if os.path.lexists(path):
+        """Raises UserError, with the command to go on, if the name is taken: by anything but a run without a step, and
+        RunDirectoryError if a process is about to do one.
+        """
+        if not os.path.lexists(path):
+            return
+        if not untrained(path):
             raise UserError(_taken(path))
+        with RunDirectory(path).lock():
+            pass
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
@@ -104,7 +131,8 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process. Raises RunDirectoryError if another one trains in it or it is read-only.
+        """Hold the run for this process. Raises RunDirectoryError if another one trains in it, or has put a run of its
+        own in its place, or it is read-only.
 
         The lock ends with this process, however it ends: its file is closed on exec and in forked children.
         """
@@ -125,6 +153,8 @@ class RunDirectory:
                 raise RunDirectoryError(f"{self.path} is in use: {holder} trains in it") from error
             except OSError as error:
                 raise RunDirectoryError(f"{self.path} cannot be locked: {error}") from error
+            if self._born is not None and self.path.stat().st_ino != self._born:
+                raise RunDirectoryError(f"{self.path} was replaced by another process that began at the same moment")
             yield
         finally:
             if os.getpid() == owner:  # a forked child has closed its copy and must not end its parent's lock
@@ -291,10 +321,15 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.path / relative} could not be written: {error}") from error
 
 
+def untrained(path: Path) -> bool:
+    """Whether a run lies there in which no step was done: to begin it again loses nothing."""
+    return _is_run(path) and (path / "metrics.jsonl").stat().st_size == 0
+
+
 def latest_run(root: Path = Path("runs")) -> Path:
     """The run below `root` that wrote a step last (or was born last). Raises UserError if there is none."""
     found = [path.parent for path in root.glob("*/metrics.jsonl") if not path.parent.name.startswith(durable.TEMPORARY)]
-    runs = [path for path in found if all((path / name).exists() for name in _REQUIRED)]
+    runs = [path for path in found if _is_run(path)]
     if not runs:
         raise UserError(f"there is no run in {root}/; start one with: mrlm train quickstart")
     return max(runs, key=lambda path: ((path / "metrics.jsonl").stat().st_mtime_ns, path.name))
@@ -319,8 +354,12 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def _is_run(path: Path) -> bool:
+    return all((path / name).exists() for name in _REQUIRED)
+
+
 def _taken(path: Path) -> str:
-    if all((path / name).exists() for name in _REQUIRED):
+    if _is_run(path):
         going_on = f"go on with it: mrlm resume {shlex.quote(str(path))}"
         return f"the run {path} exists already; {going_on}, or begin another: name=… or --run-dir"
     return f"{path} exists already and is not a run directory; choose another name or --run-dir"

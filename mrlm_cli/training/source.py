@@ -8,6 +8,7 @@ from typing import Any
 
 from mrlm_cli.draws import draw_key, permuted
 from mrlm_cli.envs.base import Environment
+from mrlm_cli.envs.wire import describe_exception
 from mrlm_cli.errors import UserError
 from mrlm_cli.recipe.sections import Sampling
 from mrlm_cli.records import Episode, Split, Task
@@ -22,7 +23,7 @@ def take(environment: Environment, label: str, split: Split, index: int) -> Task
     except (UserError, StopRequested):
         raise
     except Exception as error:  # a border: a user's code may raise anything
-        raise UserError(f"environment {label}: task({split!r}, {index}) raised {error!r}") from error
+        raise UserError(f"environment {label}: task({split!r}, {index}) raised {describe_exception(error)}") from error
     if not isinstance(task, Task) or (task.env, task.split, task.index) != (label, split, index):
         raise UserError(
             f"environment {label}: task({split!r}, {index}) must be a Task of env {label!r}, that split and index; "

@@ -12,14 +12,15 @@ from mrlm_cli.metrics import Sums
 from mrlm_cli.records import Episode
 from mrlm_cli.rewards.base import PREFIX
 from mrlm_cli.training.evaluate import component_sums
-from mrlm_cli.training.rollout import EXCLUDED, UNSCORED
+from mrlm_cli.training.fitting import is_unfit
+from mrlm_cli.training.rollout import UNSCORED
 
 
 def episode_metrics(episodes: Sequence[Episode], environments: Mapping[str, Environment]) -> Sums:
     """Metrics of all that a step sampled, groups that are left out included; failed ones count only as failed."""
     sums = Sums()
     good = [one for one in episodes if one.stop != "failed"]
-    excluded = [one for one in episodes if one.failure is not None and one.failure.startswith(EXCLUDED)]
+    excluded = [one for one in episodes if is_unfit(one)]
     sums.add("episodes", sum(one.left_out is None for one in good))
     sums.add("sampled_tokens", sum(len(one.chosen) for one in good))
     groups = {(one.attempt, one.group): one.left_out is not None for one in episodes}

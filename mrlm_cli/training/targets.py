@@ -38,6 +38,22 @@ def is_run(path: Path) -> bool:
     return (path / "checkpoints").is_dir()
 
 
+def brings_recipe(path: Path) -> bool:
+    """Whether the path is a run or a checkpoint, which know what they were trained on."""
+    return is_run(path) or (path / checkpoint.MANIFEST).is_file()
+
+
+def no_recipe(target: Path) -> str:
+    """What to say of a target that is neither a run nor a checkpoint, where no recipe is given."""
+    if target.suffix in (".yaml", ".yml") and target.is_file():
+        return f"{target} is a recipe; expected what it trained: mrlm eval RUN, or mrlm eval MODEL --recipe {target}"
+    beside = Path("runs") / target
+    if not target.exists() and is_run(beside):
+        return f"{target} is no run or checkpoint here; did you mean {beside}?"
+    what = "brings no recipe" if target.exists() else "is no run or checkpoint here; a model brings no recipe"
+    return f"{target} {what}: say which tasks with --recipe RECIPE"
+
+
 def _whole(directory: Path) -> Path:
     checkpoint.verify(directory)
     return directory

