@@ -3,9 +3,9 @@
     python -m tests.benchmarks.iteration --model tiny
     python -m tests.benchmarks.iteration --model models/smollm2-135m --precision bfloat16
 
-The work of an iteration: 32 episodes of 32 prompt tokens and exactly 64 new tokens each (a sampled end token does not
-stop a row), entropy, KL against the starting policy and, in PPO, value loss on; PPO makes 4 passes over 32 prompts in
-one minibatch, GRPO one pass over 8 prompts sampled 4 times each. The
+The work of an iteration: 32 episodes (or `--episodes`) of 32 prompt tokens and exactly 64 new tokens each (a sampled
+end token does not stop a row), entropy, KL against the starting policy and, in PPO, value loss on; PPO makes 4 passes
+over as many prompts in one minibatch, GRPO one pass over prompts sampled 4 times each. The
 first iteration warms up and is not counted; what is quoted is the median of the others. Times of one machine mean
 little: compare with a peer's in the same session. `share_of_peak` sets the useful operations of the update (forward
 and backward of products and attention, each distinct prefix once, no recomputation) against the fastest product of
@@ -41,7 +41,7 @@ from tests.benchmarks import limits
 
 # Expressions come first, so that no two prompts share a beginning that could be computed once.
 QUESTION = "{expression} " + "the of one two tree river count each box had three more than gave left total " * 4
-PROMPT, NEW, EPISODES = 32, 64, 32
+PROMPT, NEW = 32, 64
 PASSES = 4  # of PPO; GRPO makes one
 SAMPLES = 4  # of each prompt, in GRPO
 
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--algorithm", default="ppo", choices=["ppo", "grpo"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--value", default="shared", choices=["shared", "separate"])
+    parser.add_argument("--episodes", type=int, default=32, help="a multiple of 4")
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--tokens-per-micro-batch", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=None)
@@ -85,7 +86,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             model=model,
             environments=(arithmetic.Config(type="arithmetic", digits=4, prompt=QUESTION),),
             sampling=sections.Sampling(
-                tasks_per_step=EPISODES // per_task,
+                tasks_per_step=arguments.episodes // per_task,
                 episodes_per_task=per_task,
                 max_new_tokens=NEW,
                 max_tokens=PROMPT + NEW,
@@ -113,7 +114,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for _ in range(arguments.iterations + 1):
             loop.iteration(trainer)
         rows = run.metrics()
-        operations = passes * useful_operations(trainer.policy, per_task)
+        operations = passes * useful_operations(trainer.policy, arguments.episodes, per_task)
         peak = limits.peak(arguments.precision)
     counted = rows[1:] or rows
     phases = ("seconds", "rollout_seconds", "scoring_seconds", "update_seconds", "tokens_per_second")
@@ -134,15 +135,15 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def useful_operations(policy: Policy, per_task: int) -> float:
+def useful_operations(policy: Policy, episodes: int, per_task: int) -> float:
     """Floating-point operations of forward and backward over an iteration's episodes, once each.
 
     6 per weight of a product and token, 12·(attention's width) per layer and pair of a token and one that it sees; the
     head runs where a token was sampled.
     """
-    prefixes = EPISODES // per_task * PROMPT + EPISODES * NEW
+    prefixes = episodes // per_task * PROMPT + episodes * NEW
     own = PROMPT + NEW
-    pairs = EPISODES // per_task * PROMPT * (PROMPT + 1) / 2 + EPISODES * (own * (own + 1) - PROMPT * (PROMPT + 1)) / 2
+    pairs = episodes // per_task * PROMPT * (PROMPT + 1) / 2 + episodes * (own * (own + 1) - PROMPT * (PROMPT + 1)) / 2
 
     def of(trunk: Any) -> float:
         matrices = [part for part in trunk.modules() if isinstance(part, torch.nn.Linear)]
@@ -152,7 +153,7 @@ def useful_operations(policy: Policy, per_task: int) -> float:
             + 12 * width * pairs * trunk.config.num_hidden_layers
         )
 
-    head = 6 * EPISODES * NEW * policy.lm.get_output_embeddings().weight.numel()
+    head = 6 * episodes * NEW * policy.lm.get_output_embeddings().weight.numel()
     critic = of(policy.value.trunk) if isinstance(policy.value, Critic) else 0.0
     return of(policy.lm.base_model) + head + critic
 

@@ -8,10 +8,11 @@ TRL needs an environment of its own, and a folder with its last release that had
     trl-env/bin/pip install "torch>=2.11,<2.14" trl==1.16.0 transformers accelerate datasets
     trl-env/bin/pip install --no-deps --target trl112 trl==1.12.0
 
-Work of one iteration: 32 episodes of 32 prompt tokens and exactly 64 sampled tokens; PPO makes 4 passes in one
-minibatch, GRPO samples each of 8 prompts 4 times and makes one pass. Both sides use the same number of threads; each
-leaves its first iteration uncounted unless `--iterations 0` asks for a single cold one. Ratios are of medians over the
-rounds: TRL's seconds over ours.
+Work of one iteration: 32 episodes (or `--episodes`) of 32 prompt tokens and exactly 64 sampled tokens; PPO makes 4
+passes in one minibatch, GRPO samples each prompt 4 times and makes one pass. Cases with the same peer share its runs:
+a round runs ours of every such case, then the peer. Both sides use the same number of threads; each leaves its first
+iteration uncounted unless `--iterations 0` asks for a single cold one. Ratios are of medians over the rounds: TRL's
+seconds over ours.
 """
 
 from __future__ import annotations
@@ -49,9 +50,13 @@ def main() -> None:
     parser.add_argument("--smollm2", type=Path, default=Path("models/smollm2-135m"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=1, help="counted iterations of each side in a round")
+    parser.add_argument("--episodes", type=int, default=32, help="of an iteration; a multiple of 8")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    results = [measure(case, arguments) for case in arguments.cases]
+    together: dict[str, list[str]] = {}
+    for case in arguments.cases:
+        together.setdefault(str(CASES[case][1:]), []).append(case)
+    results = [result for cases in together.values() for result in measure(cases, arguments)]
     print(f"{'case':20} {'TRL s':>9} {'ours s':>9} {'ratio':>7}   {'TRL MB':>7} {'ours MB':>7}")
     for result in results:
         print(
@@ -61,27 +66,35 @@ def main() -> None:
     print(json.dumps({"benchmark": "vs_trl", "threads": arguments.threads, "results": results}))
 
 
-def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Medians over the rounds of one case, ours and the peer's."""
-    ours: list[dict[str, Any]] = []
+def measure(cases: list[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Medians over the rounds of cases with one peer, each of ours and the peer's."""
+    ours: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
     theirs: list[dict[str, Any]] = []
-    given, script, peer_given = CASES[case]
-    if "--model" not in given:
-        given = ["--model", str(arguments.smollm2), *given]
     threads = ["--threads", str(arguments.threads)]
+    _, script, peer_given = CASES[cases[0]]
+    grpo = script == "trl_grpo.py"
+    work = ["--prompts", str(arguments.episodes // 4)] if grpo else ["--rollouts", str(arguments.episodes)]
     for _ in range(arguments.rounds):
-        counted = ["--iterations", str(arguments.iterations)]
-        ours.append(run([sys.executable, str(HERE / "iteration.py"), *given, *counted, *threads], arguments))
+        for case in cases:
+            given = CASES[case][0]
+            if "--model" not in given:
+                given = ["--model", str(arguments.smollm2), *given]
+            counted = ["--iterations", str(arguments.iterations), "--episodes", str(arguments.episodes)]
+            ours[case].append(run([sys.executable, str(HERE / "iteration.py"), *given, *counted, *threads], arguments))
         steps = ["--steps", str(arguments.iterations + 1)]
-        theirs.append(
-            run([str(arguments.peer), str(HERE / "peers" / script), *peer_given, *steps, *threads], arguments)
-        )
+        peer = [str(arguments.peer), str(HERE / "peers" / script), *peer_given]
+        theirs.append(run([*peer, *work, *steps, *threads], arguments))
+    return [compared(case, ours[case], theirs) for case in cases]
+
+
+def compared(case: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the table."""
     our_seconds = statistics.median(each["seconds"] for each in ours)
     peer_seconds = statistics.median(each["step_s"] for each in theirs)
     assert {each["sampled_tokens"] for each in ours} == {each["sampled_tok"] for each in theirs}
     return {
         "case": case,
-        "rounds": arguments.rounds,
+        "rounds": len(ours),
         "peer": f"TRL {theirs[0]['trl']}",
         "peer_seconds": peer_seconds,
         "our_seconds": our_seconds,
