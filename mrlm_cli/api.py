@@ -168,6 +168,8 @@ def evaluate(
 
 def export(target: str, directory: Path, *, dtype: str | None = None, best: bool = False) -> str:
     """Write a run's or directory's policy as a plain transformers directory. Raises UserError, CheckpointError."""
+    if not Path(target).expanduser().is_dir():
+        raise UserError(f"there is no directory {target}; expected a run, a checkpoint or a model's directory")
     from mrlm_cli.training.export import export as write
 
     return write(Path(target).expanduser(), directory, dtype, best)
@@ -257,8 +259,11 @@ def collect(
     elif checkpoint is not None and own is not None and own.recipe.data is None:
         chosen = compose.load(checkpoint / "recipe.yaml", overrides, folders=folders)
     else:
+        options = "--environment NAME or --recipe RECIPE"
+        if own is None and not target.startswith("scripted:"):
+            raise UserError(targets.no_recipe(Path(target), options))
         why = "" if own is None else "was trained on data and "
-        raise UserError(f"{target} {why}brings no tasks: say which with --environment NAME or --recipe RECIPE")
+        raise UserError(f"{target} {why}brings no tasks: say which with {options}")
     if not chosen.recipe.environments:
         raise UserError(f"{chosen.path} learns from data and has no tasks: say which with --environment NAME")
     _import_training()

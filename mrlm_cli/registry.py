@@ -142,7 +142,7 @@ def plugin_file(place: str, folders: Sequence[Path]) -> Path:
         path = (folder / place).resolve()
         if path.is_file():
             return path
-    looked = ", ".join(str(folder) for folder in folders) or "nowhere"
+    looked = ", ".join(dict.fromkeys(str(folder) for folder in folders)) or "nowhere"
     raise UnknownName(f"no file {place} (looked in {looked})")
 
 

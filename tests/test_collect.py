@@ -153,7 +153,8 @@ def test_a_models_answers_are_collected_with_its_own_recipe_or_another_environme
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["nowhere", "--tasks", "2"], "brings no tasks"),
+        (["nowhere", "--tasks", "2"], "brings no tasks: say which with --environment NAME or --recipe RECIPE"),
+        (["scripted:oracle", "--tasks", "2"], "scripted:oracle brings no tasks: say which with"),
         (["scripted:oracle", "--environment", "sort_digit"], "did you mean sort_digits?"),
         (["scripted:oracle", "--environment", "sort_digits", "--recipe", "quickstart"], "not of both"),
         (["scripted:oracle", "--recipe", "sft_smoke"], "has no tasks"),

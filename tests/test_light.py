@@ -97,3 +97,17 @@ def test_a_heavy_import_would_be_seen(tmp_path: Path) -> None:
     results, modules = fresh([["validate", "r.yaml"]], tmp_path)
     assert results[0][0] == 0
     assert modules & set(HEAVY) == {"numpy"}
+
+
+def test_a_target_that_is_none_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "missing.yaml").write_text(GOOD.replace("scratch, layers: 1, hidden: 32", "pretrained, path: ./none"))
+    commands = [
+        ["eval", "nothing"],
+        ["collect", "nothing"],
+        ["resume", "nothing"],
+        ["resume"],
+        ["train", "missing.yaml"],
+    ]
+    results, modules = fresh(commands, tmp_path)
+    assert [code for code, _ in results] == [2] * len(commands)
+    assert modules.isdisjoint({"torch", "transformers", "numpy"})

@@ -98,8 +98,9 @@ def test_a_target_without_a_recipe_is_told_what_was_meant(tmp_path: Path, monkey
     told = {
         "some.yaml": "some.yaml is a recipe; expected what it trained",
         "some": "did you mean runs/some?",
-        "other": "other is no run or checkpoint here; a model brings no recipe",
-        "model": "model brings no recipe",
+        "other": "other is no run or checkpoint here; a model brings no tasks: say which with --recipe",
+        "quickstart": "quickstart is a recipe; expected what it trained",
+        "model": "model brings no tasks",
     }
     for target, text in told.items():
         with pytest.raises(UserError) as error:

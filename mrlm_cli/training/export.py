@@ -27,8 +27,6 @@ def export(target: Path, directory: Path, dtype: str | None, best: bool) -> str:
         raise UserError(f"{directory} exists already; choose a directory that does not")
     if dtype is not None and dtype not in TYPES:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(TYPES)}")
-    if not target.is_dir():
-        raise UserError(f"there is no directory {target}; expected a run, a checkpoint or a model's directory")
     found = targets.find(target, best)[1]
     place = pretrained.model_directory(target) if found is None else found / "policy"
     building = durable.temporary(directory)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mrlm_cli.errors import CheckpointError, UserError
+from mrlm_cli.recipe import compose
 from mrlm_cli.training import checkpoint
 from mrlm_cli.training.rundir import RunDirectory
 
@@ -43,15 +44,19 @@ def brings_recipe(path: Path) -> bool:
     return is_run(path) or (path / checkpoint.MANIFEST).is_file()
 
 
-def no_recipe(target: Path) -> str:
-    """What to say of a target that is neither a run nor a checkpoint, where no recipe is given."""
-    if target.suffix in (".yaml", ".yml") and target.is_file():
-        return f"{target} is a recipe; expected what it trained: mrlm eval RUN, or mrlm eval MODEL --recipe {target}"
+def no_recipe(target: Path, options: str = "--recipe RECIPE") -> str:
+    """What to say of a target that is neither a run nor a checkpoint, where its tasks are asked for; `options` name
+    them."""
+    here = target.exists()
     beside = Path("runs") / target
-    if not target.exists() and is_run(beside):
+    if not here and is_run(beside):
         return f"{target} is no run or checkpoint here; did you mean {beside}?"
-    what = "brings no recipe" if target.exists() else "is no run or checkpoint here; a model brings no recipe"
-    return f"{target} {what}: say which tasks with --recipe RECIPE"
+    if (target.suffix in (".yaml", ".yml") and target.is_file()) or (
+        not here and str(target) in compose.shipped("recipes")
+    ):
+        return f"{target} is a recipe; expected what it trained: a run, or a model with --recipe {target}"
+    what = "brings no tasks" if here else "is no run or checkpoint here; a model brings no tasks"
+    return f"{target} {what}: say which with {options}"
 
 
 def _whole(directory: Path) -> Path:
