@@ -16,13 +16,14 @@ Covered, by tests that look from outside: no network; the system read-only; a pr
 none); wall time, CPU time, memory, processes and output bounded; no process left behind; nothing of the host's
 environment, files and processes to be read; expected values never inside (results are sent out as values of plain
 types, and compared outside by type and value). The slow tests run every attack and every cheat under each mechanism
-that the machine has, and eight hostile programs beside eight honest ones.
+that the machine has, and eight hostile programs beside eight honest ones, as root and as an ordinary user.
 
 Not covered: bugs of the kernel and of the processor (there is no virtual machine); the program reads the interpreter's
 installation and the system's shared libraries, and learns processor, kernel version and clocks; CPU time is limited for
 each process, and for all of them by wall time times processors. In the third mechanism names, sizes and times of host
-files can be asked for (`stat`), though their content cannot, and the program sees its own user number. A program can
-always make itself fail: a kill that it brings about is its own failure, not the sandbox's.
+files can be asked for (`stat`), though their content cannot, and the program sees its own user number; started by an
+ordinary user, whose processes all count against the limit, it may get no thread at all. A program can always make
+itself fail: a kill that it brings about is its own failure, not the sandbox's.
 
 A failure of the sandbox itself, up to the moment when the program starts, is tried again, counted in
 `Sandbox.failures`, and then raised as SandboxFailure: it is never a verdict about a program.

@@ -22,6 +22,7 @@ _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 _NAMESPACES = 0x7E020000  # CLONE_NEW*
 _THREAD = 0x00010000  # CLONE_THREAD
 _IOCTLS = (0x5401, 0x5413, 0x5421, 0x541B, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONBIO, FIONREAD, FIONCLEX, FIOCLEX
+_NOT_A_STREAM = 0xE  # bits of a socket's type: half of a pair of datagram sockets could write to any socket's name
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG: a program alone must not outlive the one who started it
 _OWNERS = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: they make the kernel send signals to others
 
@@ -32,12 +33,13 @@ def supported() -> bool:
 
 
 def program(*, alone: bool) -> bytes:
-    """The filter. `alone`: no PID namespace hides other processes, so children and signals are refused as well."""
+    """The filter. `alone`: no namespaces hide other processes and files, so children, signals and changes of the mode,
+    the times and the length of what has a name are refused as well."""
     machine = platform.machine()
     filtered = syscalls.numbers(syscalls.FILTERED, machine)
     allowed = syscalls.numbers(syscalls.ALWAYS, machine)
     if not alone:
-        allowed |= syscalls.numbers(syscalls.IN_A_PID_NAMESPACE, machine)
+        allowed |= syscalls.numbers(syscalls.IN_NAMESPACES, machine)
     code = [
         (_LOAD, 0, 0, _ARCHITECTURE),
         (_IF_EQUAL, 1, 0, _ARCHITECTURES[machine]),
@@ -59,6 +61,8 @@ def program(*, alone: bool) -> bytes:
     code += [(_IF_EQUAL, 0, 1, filtered["clone3"]), (_RETURN, 0, 0, _UNKNOWN)]
     code += _where(filtered["ioctl"], 1, [*_either(_IOCTLS, _ALLOW), (_RETURN, 0, 0, _REFUSE)])
     code += _where(filtered["fcntl"], 1, [*_either(_OWNERS, _REFUSE), (_RETURN, 0, 0, _ALLOW)])
+    refuse_others = [(_IF_ANY_BIT, 0, 1, _NOT_A_STREAM), (_RETURN, 0, 0, _REFUSE)]
+    code += _where(filtered["socketpair"], 1, [*refuse_others, (_RETURN, 0, 0, _ALLOW)])
     for name in ("prlimit64", "sched_getaffinity", "sched_setaffinity"):  # of this very process only
         code += _where(filtered[name], 0, [*_either((0,), _ALLOW), (_RETURN, 0, 0, _REFUSE)])
     code.append((_RETURN, 0, 0, _REFUSE))
