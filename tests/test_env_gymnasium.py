@@ -57,6 +57,10 @@ class Restless(gymnasium.Env):
         return random.randrange(10), 0.25, action == 4, False, {"won": action == 4}
 
 
+def anything(reply: str, environment: Any) -> int:
+    return 3
+
+
 class Boxed(gymnasium.Env):
     observation_space = spaces.Box(0, 1, (2,))
     action_space = spaces.Box(0, 1, (2,))
@@ -206,3 +210,57 @@ def test_the_smoke_recipe_trains(tmp_path: Path) -> None:
     (metrics,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {f"reward/{name}/invalid" for name in ("drawn_lake", "told_lake", "copy")} <= set(metrics)
     assert metrics.get("failed_rate", 0.0) == 0
+
+
+def last_value(policy: Any, tokens: tuple[int, ...]) -> float:
+    """V of all tokens of one episode, by itself."""
+    import torch
+
+    given, none = torch.tensor([tokens]), torch.zeros(1, len(tokens), dtype=torch.bool)
+    out = policy(given, torch.tensor([len(tokens)]), none, temperature=1.0, entropy=False)
+    return float(out.final_values.detach())
+
+
+@pytest.mark.parametrize("truncation", ["terminal", "bootstrap"])
+def test_what_is_truncated_is_bootstrapped_as_the_house_does(truncation: str, tmp_path: Path) -> None:
+    """The value after the limit is asked for at the next decision, after the observation that would have been next, and
+    is what the last action's return goes on with; a limit that is part of the task ends there."""
+    import torch  # these not above: worker processes load this file for its environment
+
+    from mrlm_cli.training.annotate import annotate
+    from mrlm_cli.training.collate import collate
+    from mrlm_cli.training.loop import Progress
+    from tests.kit import tiny, trainer
+
+    fields = {"path": f"{HERE}:Restless", "act_path": f"{HERE}:anything", "success_info": "won"}
+    recipe = tiny(
+        environments=[{"type": "gymnasium", **fields, "settings": {"max_episode_steps": 2}}],
+        algorithm={"type": "ppo", "truncation": truncation, "gamma": 0.9, "gae_lambda": 1.0},
+        sampling={"tasks_per_step": 2, "max_new_tokens": 24, "max_turns": 5, "stop": list("0123456789")},
+        model={"context": 256},
+    )
+    with trainer(tmp_path / "run", recipe) as made:
+        episodes = made.source.episodes(0)
+        batch = collate(episodes, "cpu")
+        assert batch is not None
+        assert batch.truncated.all()
+        torch.manual_seed(0)
+        for parameter in made.policy.value.parameters():
+            torch.nn.init.normal_(parameter)
+        batch, _ = annotate(
+            batch, made.policy, None, made.needs, temperature=1.0, budget=512, phase=lambda name, done, total: None
+        )
+        batch, _ = made.algorithm.credit(batch, Progress(0, 1))
+        values = [last_value(made.policy, one.tokens) for one in episodes]
+    for row, one in enumerate(episodes):
+        spoken = [span for span in one.spans if span.kind == "chosen"]
+        assert (one.stop, len(spoken)) == ("turns", 2)
+        assert len(one.transcript.views["policy"]) == 5  # three observations, two replies
+        assert one.rewards[spoken[0].end - 1] == one.rewards[spoken[1].end - 1] == 0.25
+        after = [span.kind for span in one.spans if span.start >= spoken[1].end]
+        assert ("observation" in after) == (truncation == "bootstrap")
+        assert abs(values[row]) > 0.01
+        expected = values[row] if truncation == "bootstrap" else 0.0
+        for place in reversed([place for span in spoken for place in range(span.start, span.end)]):
+            expected = one.rewards[place] + 0.9 * expected
+            assert float(batch.returns[row, place]) == pytest.approx(expected, abs=1e-5)
