@@ -64,39 +64,37 @@ class Calibration:
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._known: dict[str, deque[Phase]] = {}
-        self._lost: dict[str, float] = {}  # seconds of the present series of slow steps
-        self._told: set[str] = set()
+        self._lost = 0.0  # seconds that the present series of slow steps has cost
+        self._told = False  # of that series
 
     def look(self, step: int, done: Sequence[Phase]) -> str | None:
         """What to tell a person about the phases of a step, if there is something to tell."""
-        said = [text for text in (self._judge(step, phase) for phase in done) if text]
-        return "; ".join([*said, self._advice()]) if said else None
-
-    def _judge(self, step: int, phase: Phase) -> str | None:
-        known = self._known.setdefault(phase.name, deque(maxlen=KEPT))
-        alike = [one.seconds for one in known if _alike(one.work, phase.work)]
-        usual = median(alike) if len(alike) >= ENOUGH else None
-        if usual is None or phase.seconds <= SLOWER * usual:
-            known.append(phase)  # slow ones are no yardstick
-            if usual is not None:
-                self._lost[phase.name] = 0.0
-                self._told.discard(phase.name)
+        judged = [(phase, usual) for phase in done if (usual := self._usual(phase)) is not None]
+        slow = [(phase, usual) for phase, usual in judged if phase.seconds > SLOWER * usual]
+        for phase in done:
+            if not any(phase is one for one, _ in slow):  # slow ones are no yardstick
+                self._known.setdefault(phase.name, deque(maxlen=KEPT)).append(phase)
+        if judged and not slow:
+            self._lost, self._told = 0.0, False
+        self._lost += sum(phase.seconds - usual for phase, usual in slow)
+        if self._told or self._lost < LOST:
             return None
-        self._lost[phase.name] = self._lost.get(phase.name, 0.0) + phase.seconds - usual
-        if phase.name in self._told or self._lost[phase.name] < LOST:
-            return None
-        self._told.add(phase.name)
-        return (
-            f"step {step}: the {phase.name} took {phase.seconds:.2g} s, {phase.seconds / usual:.1f} times the "
-            f"{usual:.2g} s of this run's earlier steps with as much to do"
+        self._told = True
+        figures = " and ".join(
+            f"the {phase.name} took {phase.seconds:.2g} s, {phase.seconds / usual:.1f} times the {usual:.2g} s"
+            for phase, usual in slow
         )
-
-    def _advice(self) -> str:
         fewer = f", or start with hardware.threads={self._threads - 1} (a run keeps its number)"
         return (
-            "something slows the machine, such as other programs, the run's own worker processes, heat or a full "
-            "memory; end what else runs here" + (fewer if self._threads > 1 else "")
+            f"step {step}: {figures} of this run's earlier steps with as much to do; something slows the machine, such "
+            "as other programs, the run's own worker processes, heat or a full memory; end what else runs here"
+            + (fewer if self._threads > 1 else "")
         )
+
+    def _usual(self, phase: Phase) -> float | None:
+        """Median seconds of the same work; None while it was seen too seldom."""
+        alike = [one.seconds for one in self._known.get(phase.name, ()) if _alike(one.work, phase.work)]
+        return median(alike) if len(alike) >= ENOUGH else None
 
 
 def _alike(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
