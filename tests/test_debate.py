@@ -288,6 +288,48 @@ def test_the_case_with_the_highest_number_wins() -> None:
         assert last.facts == {"verdict": 0.0}
 
 
+JUDGED = """
+name: x
+steps: 1
+model: {type: scratch, layers: 1, hidden: 32, heads: 2, context: 512, tokenizer: bytes}
+algorithm: {type: ppo}
+environments: [{type: debate, judge: scores, rounds: 1, debaters: 3}]
+sampling: {tasks_per_step: 2, max_new_tokens: 12, max_turns: 1, stop: [" ", "e", "a"]}
+"""
+COUNTS = """
+class Counts:
+    def __init__(self, task, agent, seed): pass
+    def reply(self, view): return str(len(view))
+"""
+
+
+def test_a_judge_that_scores_has_a_reply_for_every_case(tmp_path: Path) -> None:
+    """Unless it is a reward, which may be asked as often as it takes."""
+    (tmp_path / "counts.py").write_text(COUNTS)
+    (tmp_path / "r.yaml").write_text(JUDGED)
+    frozen, scripted = "agents={judge: {type: frozen}}", "agents={judge: {type: scripted, player: ./counts.py:Counts}}"
+    for judge in (frozen, scripted):
+        with pytest.raises(
+            RecipeError, match=r"environments\.0\.judge: got scores, which takes 2 replies; .* = 1 cuts"
+        ):
+            compose.load(str(tmp_path / "r.yaml"), [judge])
+    lines = "\n".join(f'{{"question": "{n}?", "options": ["a", "b", "c"], "answer": 1}}' for n in range(9))
+    (tmp_path / "q.jsonl").write_text(lines)
+    file = [f"environments.0.path={tmp_path / 'q.jsonl'}", "sampling.max_turns=2"]
+    with pytest.raises(RecipeError, match=r"takes 3 replies; sampling.max_turns = 2 cuts"):
+        compose.load(str(tmp_path / "r.yaml"), [frozen, *file])
+    reward = ["rewards=[{type: length, longest: 9}]", "agents={judge: {type: scorer, reward: length}}"]
+    compose.load(str(tmp_path / "r.yaml"), reward)
+    recipe = compose.load(str(tmp_path / "r.yaml"), [scripted, "sampling.max_turns=2", "hardware.threads=1"]).recipe
+    with trainer(tmp_path / "run", recipe, folder=tmp_path) as made:
+        never_cut(made)
+        episodes = made.source.episodes(0)
+    assert episodes
+    for one in episodes:
+        assert (one.transcript.stop, one.transcript.facts) == ("done", {"verdict": 1.0})
+        assert [message.content for message in one.transcript.views["judge"]][2::3] == ["2", "5"]
+
+
 def test_a_reward_is_handed_to_a_session_as_its_judge(tmp_path: Path) -> None:
     with trainer(tmp_path / "run", tiny(**SCORES)) as made:
         never_cut(made)

@@ -379,7 +379,7 @@ def test_programs_of_one_reply_share_their_time() -> None:
     assert time.monotonic() - begun < 5
     said = turns[1].messages[0].content.splitlines()
     assert said[0] == "<tool_result>error: it took too long</tool_result>"
-    assert said[1:] == ["<tool_result>error: no time is left for programs in this reply</tool_result>"] * 7
+    assert said[1:] == ["<tool_result>error: no time is left for calls in this reply</tool_result>"] * 7
     assert turns[2].messages[0].content == "<tool_result>1\n</tool_result>"
 
 

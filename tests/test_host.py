@@ -102,7 +102,7 @@ class NotHere(Mine):
 '''
 
 
-class Memory:
+class Memory(NoJournal):
     """A journal in a dict."""
 
     def __init__(self) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from mrlm_cli import api
 from mrlm_cli.envs.base import EnvironmentSettings
 from mrlm_cli.envs.conformance import SPLITS, problems
 from mrlm_cli.envs.host import Host, NoJournal
-from mrlm_cli.envs.tool_schema import MOST_SAID
+from mrlm_cli.envs.tool_schema import MOST_ANSWER, MOST_SAID
 from mrlm_cli.envs.tools import Tools
 from mrlm_cli.errors import SessionFailure, UserError
 from mrlm_cli.records import Message, Reply, Turn
@@ -42,6 +43,26 @@ def sleeps(seconds: int) -> str:
     """Takes its time."""
     time.sleep(seconds)
     return "awake"
+
+def backtracks(length: int) -> str:
+    """Holds the interpreter's lock."""
+    import re
+    return str(re.match("(a+)+$", "a" * length + "b"))
+
+def leaves(how: str) -> str:
+    """Ends its process."""
+    if how == "exit":
+        raise SystemExit(3)
+    os._exit(3)
+
+def fails(word: str) -> str:
+    """Says that the machine is to blame."""
+    from mrlm_cli.errors import SessionFailure
+    raise SessionFailure("no disk")
+
+def counts(number: float) -> str:
+    """Say a number."""
+    return "x" * 5000 if number == 1 else repr(number)
 
 def calculator(expression: str) -> str:
     """Named as a built-in one."""
@@ -108,10 +129,10 @@ def test_a_function_is_called_in_a_worker_process(folder) -> None:
     number = answer.messages[0].content.removeprefix("<tool_result>").removesuffix("</tool_result>")
     assert number.isdigit()
     assert int(number) != os.getpid()
-    assert end.facts == {"calls": 1.0, "wrong_calls": 0.0, "broken_calls": 0.0}
+    assert end.facts == {"calls": 1.0, "wrong_calls": 0.0, "late_calls": 0.0, "broken_calls": 0.0}
 
 
-def test_what_a_function_raises_is_told_and_counted(folder) -> None:
+def test_what_a_function_raises_is_told_and_counted(folder, capfd) -> None:
     config = settings(folder, "refuses", "breaks", "twice")
     turns = talk(config, call("refuses", word="so"), call("breaks", word="a"), call("twice", number="b"), "no")
     said = [turn.messages[0].content for turn in turns[1:4]]
@@ -119,7 +140,8 @@ def test_what_a_function_raises_is_told_and_counted(folder) -> None:
     assert said[1].startswith("<tool_result>error: breaks failed: KeyError: 'xxx")
     assert len(said[1]) < MOST_SAID + 50
     assert said[2] == "<tool_result>error: twice: the argument number must be an integer</tool_result>"
-    assert turns[4].facts == {"calls": 3.0, "wrong_calls": 3.0, "broken_calls": 1.0}
+    assert turns[4].facts == {"calls": 3.0, "wrong_calls": 3.0, "late_calls": 0.0, "broken_calls": 1.0}
+    assert "environment worker 0: tools: KeyError: 'xxx" in capfd.readouterr().err, "nobody is told where"
 
 
 def test_the_right_answer_of_a_file_is_exact(folder) -> None:
@@ -137,10 +159,93 @@ def test_the_right_answer_of_a_file_is_exact(folder) -> None:
     assert session.step(Reply(Message("assistant", answer), "end")).rewards["policy"]["exact"] == 1.0
 
 
-def test_a_function_that_hangs_fails_its_session(folder) -> None:
-    turns = talk(settings(folder, "sleeps"), call("sleeps", seconds=60), deadline=2.0)
-    assert isinstance(turns[1], SessionFailure)
-    assert str(turns[1]) == "no answer within 2 s"
+def said(turn) -> list[str]:
+    assert isinstance(turn, Turn), turn
+    return [line.removeprefix("<tool_result>").removesuffix("</tool_result>") for line in
+            turn.messages[0].content.splitlines()]  # fmt: skip
+
+
+def test_a_function_that_hangs_is_told_and_the_session_goes_on(folder) -> None:
+    """Or a policy could have its sessions left out of the training."""
+    config = settings(folder, "sleeps", "backtracks", "process", deadline=1.0, calls=6)
+    hangs = [call("sleeps", seconds=60), call("backtracks", length=60)]
+    turns = talk(config, call("process"), *hangs, call("process"), hangs[0] * 8, call("process"), "no", deadline=30.0)
+    assert said(turns[2]) == ["error: sleeps: the call took longer than 1 s"]
+    assert said(turns[3]) == ["error: backtracks: the call took longer than 1 s"]
+    left = ["error: no time is left for calls in this reply"]
+    assert said(turns[5]) == ["error: sleeps: the call took longer than 1 s", *left * 7]
+    processes = [said(turns[place])[0] for place in (1, 4, 6)]
+    assert len(set(processes)) == 3
+    assert all(process.isdigit() and ended(Path("/proc", process)) for process in processes)
+    assert turns[7].facts == {"calls": 13.0, "wrong_calls": 10.0, "late_calls": 10.0, "broken_calls": 0.0}
+
+
+def test_calls_of_one_reply_share_their_time(folder) -> None:
+    config = settings(folder, "sleeps", deadline=3.0, calls=1)
+    begun = time.monotonic()
+    first, second = said(talk(config, call("sleeps", seconds=2) * 2)[1])
+    assert time.monotonic() - begun < 15
+    assert (first, second) == ("awake", "error: sleeps: the calls of this reply took longer than 3 s")
+
+
+def test_a_function_that_ends_its_process_is_told_and_one_that_blames_the_machine_is_not(folder) -> None:
+    config = settings(folder, "leaves", "twice", "fails", calls=4)
+    asked = [call("leaves", how="exit"), call("leaves", how="now"), call("twice", number=4), call("fails", word="a")]
+    _, left, ended, answer, failed = talk(config, *asked)
+    assert said(left) == ["error: leaves failed: SystemExit: 3"]
+    assert said(ended) == ["error: leaves failed: the worker process exited with code 3"]
+    assert said(answer) == ["8"]
+    assert isinstance(failed, SessionFailure)
+    assert str(failed) == "no disk"
+
+
+def test_odd_arguments_and_long_answers_cross_to_the_process(folder) -> None:
+    config = settings(folder, "counts", "refuses", calls=9)
+    odd = [call("counts", number=float("nan")), call("counts", number=10**4000), call("refuses", word="\ud800 \0")]
+    _, *turns = talk(config, *odd, call("counts", number=1), call("counts", number=2.5))
+    told = [said(turn)[0] for turn in turns]
+    assert told[0].startswith("error: counts: the arguments cannot be sent: ")
+    assert told[1] == str(10**4000)[:MOST_ANSWER] + " …"
+    assert told[2].startswith("error: not ")
+    assert told[3] == "x" * MOST_ANSWER + " …"
+    assert told[4] == "2.5"
+
+
+def test_the_process_ends_with_the_one_that_started_it(folder) -> None:
+    """Even while a function holds the interpreter's lock: it would keep a processor busy for ever."""
+    if sys.platform != "linux":
+        pytest.skip("elsewhere it ends when the function returns")
+    program = f"""
+import time
+from tests.test_own_tools import *
+made = Tools(settings(Path({str(folder)!r}), "process", "backtracks"))
+process, hangs = made._functions.tools
+print(process.call({{}}, 60.0), flush=True)
+hangs.call({{"length": 60}}, 60.0)
+"""
+    given = {**os.environ, "TMPDIR": str(folder)}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, env=given, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        process = Path("/proc", parent.stdout.readline().strip())
+        assert process.name.isdigit()
+        time.sleep(0.5)
+        assert process.exists()
+        parent.kill()
+    assert ended(process)
+
+
+def ended(process: Path) -> bool:
+    """Whether it has, after 5 seconds at most; nobody may have reaped it."""
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        try:
+            if (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_a_task_may_offer_some_tools_alone(folder) -> None:
@@ -212,4 +317,4 @@ def test_the_example_trains_and_its_tasks_are_those_of_its_table(tmp_path, monke
     assert plugin.endswith("my_tools.py")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["failed_rate"] for row in rows] == [0.0, 0.0]
-    assert "fact/tools/broken_calls" in rows[0]
+    assert {"fact/tools/late_calls", "fact/tools/broken_calls"} <= rows[0].keys()

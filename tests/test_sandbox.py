@@ -342,6 +342,9 @@ def test_no_sandbox_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_probe_sees_what_leaks() -> None:
     leaks = probe._leaks(Sandbox(Unsafe(probe.interpreter.candidates()[0])))
+    if os.geteuid() == 0:  # what it could write, it wrote
+        for place in ("/mrlm-probe", "/usr/lib/mrlm-probe"):
+            Path(place).unlink()
     assert {"it reads files", "it reaches the network", "it signals processes"} <= set(leaks)
 
 

@@ -16,6 +16,7 @@ from mrlm_cli.envs.tools import Tools
 from mrlm_cli.errors import MissingExtra, SessionFailure
 from mrlm_cli.recipe import compose
 from mrlm_cli.records import Message, Reply, Turn
+from mrlm_cli.training.journal import Journal
 
 SERVER = str(Path(__file__).with_name("mcp_server.py"))
 
@@ -108,21 +109,27 @@ def test_no_arguments_break_the_connection(path) -> None:
     assert said(last) == said(first), "the server was started anew"
 
 
-def test_a_server_that_dies_or_is_late_fails_its_session_and_no_other(path) -> None:
+def test_a_server_that_dies_or_is_late_is_told_and_the_session_goes_on(path) -> None:
+    """Or a policy could have its sessions left out of the training."""
     config = settings(path, deadline=1.0)
-    talks = [
-        call("die"),
-        call("keep", text="one"),
-        call("keep", text="two"),
-        call("sleep", seconds=60),
-        call("add", a=1, b=1),
-    ]
-    died, first, shared, late, last = sessions(config, *[[text] for text in talks])
-    assert isinstance(died[1], SessionFailure)
-    assert "died in a call of die" in str(died[1])
+    died, first, shared, late = sessions(
+        config,
+        [call("die"), call("add", a=1, b=1), "no"],
+        [call("keep", text="one")],
+        [call("keep", text="two")],
+        [call("sleep", seconds=60) * 3, call("keep", text="three"), "no"],
+        deadline=20.0,
+    )
+    assert said(died[1]) == "error: die failed: its server ended and is started anew"
+    assert said(died[2]) == "2"
+    assert died[3].facts == {"calls": 2.0, "wrong_calls": 1.0, "late_calls": 0.0, "broken_calls": 1.0}
     assert [said(turns[1]) for turns in (first, shared)] == ["one", "one two"]
-    assert "no answer within 1 s" in str(late[1])
-    assert said(last[1]) == "2"
+    assert late[1].messages[0].content.splitlines() == [
+        "<tool_result>error: sleep: the call took longer than 1 s</tool_result>",
+        *["<tool_result>error: no time is left for calls in this reply</tool_result>"] * 2,
+    ]
+    assert said(late[2]) == "three", "it is another server, which keeps nothing of the first"
+    assert late[3].facts == {"calls": 4.0, "wrong_calls": 3.0, "late_calls": 3.0, "broken_calls": 0.0}
 
 
 def test_a_fresh_server_keeps_nothing_between_sessions(path) -> None:
@@ -153,6 +160,9 @@ def test_a_command_is_found_beside_the_recipe_and_its_deadline_is_checked(tmp_pa
     assert environment.mcp == (ServerSettings(command=("python", str(tmp_path / "server.py"))),)
     with pytest.raises(Exception, match=r"r\.yaml:5:.* environments\.0\.mcp\.0.*deadline.*hardware\.deadline"):
         compose.load(str(tmp_path / "r.yaml"), ["hardware.deadline=5"])
+    functions = ['environments.0.functions=["time:sleep"]', "environments.0.mcp=[]"]
+    with pytest.raises(Exception, match=r"environments\.0\.deadline.*\(10\) must be below hardware\.deadline = 10"):
+        compose.load(str(tmp_path / "r.yaml"), ["hardware.deadline=10", *functions])
 
 
 def test_a_session_that_does_not_begin_leaves_no_server(path) -> None:
@@ -177,3 +187,31 @@ def servers_of_mine() -> set[str]:
                 if "mcp_server.py" in Path(f"/proc/{child}/cmdline").read_text():
                     found.add(child)
     return found
+
+
+def test_a_resume_repeats_what_a_server_said(path, tmp_path) -> None:
+    """Another server would say something else; a session is rebuilt with it for answers that were not given yet."""
+    config = settings(path)
+    process, three = call("process"), call("add", a=1, b=2)
+
+    def run(**talks: list[str]) -> dict[str, list[Turn | SessionFailure]]:
+        journal, found = Journal(tmp_path / "journal.jsonl"), {}
+        with Host([config], folders=[], workers=1, deadline=30.0, journal=journal) as host:
+            for name, replies in talks.items():
+                turns = [host.collect(host.open([(name, host.environments["tools"].task("train", 0), 0)]))[name]]
+                for text in replies:
+                    turns.append(host.collect(host.step([(name, Reply(Message("assistant", text), "end"))]))[name])
+                found[name] = turns
+        return found
+
+    first = run(whole=[process, three, "no"], begun=[three], changed=[process, three])
+    again = run(
+        whole=[process, three, "no"], begun=[three, call("add", a=3, b=3)], changed=[process, process], new=[process]
+    )
+    assert again["whole"] == first["whole"]
+    assert again["begun"][:2] == first["begun"]
+    assert said(again["begun"][2]) == "6"
+    assert again["changed"][:2] == first["changed"][:2]
+    assert isinstance(again["changed"][2], SessionFailure)  # the rebuilt session shows another server's process
+    assert "showed other turns than before" in str(again["changed"][2])
+    assert said(again["new"][1]) != said(first["whole"][1])

@@ -89,6 +89,12 @@ class Environment(ABC):
         return self.audited
 
     @property
+    def journalled(self) -> bool:
+        """Whether clocks or servers decide what its sessions in worker processes answer, so that a run's journal keeps
+        the answers, and a resume repeats them instead of asking again."""
+        return False
+
+    @property
     def judging_seconds(self) -> float | None:
         """Seconds for judging a reply in a worker process, for one-turn environments whose own checker a reply may keep
         busy for ever; None where there is no such checker.
@@ -133,8 +139,8 @@ class Environment(ABC):
         return cls.components
 
     @classmethod
-    def replies(cls, config: Any) -> tuple[str, int] | None:
-        """(setting, replies of one agent that it allows), which sampling.max_turns must not cut short; None if none."""
+    def replies(cls, config: Any, agent: str) -> tuple[str, int] | None:
+        """(setting, replies of this agent that it takes), which sampling.max_turns must not cut short; None if none."""
         return None
 
     @classmethod

@@ -127,7 +127,7 @@ class Code(Environment):
         self._sandbox.mechanism.sweep()
 
     @classmethod
-    def replies(cls, config: Any) -> tuple[str, int]:
+    def replies(cls, config: Any, agent: str) -> tuple[str, int]:
         """Every attempt is a reply."""
         return "attempts", config.attempts
 

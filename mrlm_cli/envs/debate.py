@@ -65,7 +65,9 @@ class Debate(Environment):
         rounds: Annotated[int, Field(ge=1, le=16)] = 2
         """Replies of each debater. Keep sampling.max_turns at or above it."""
         judge: Literal["rules", "agent", "scores"] = "rules"
-        """Who decides: rules that know the answer, an agent of the role `judge`, or its score of each option's case."""
+        """Who decides: rules that know the answer, an agent of the role `judge`, or its score of each option's case. A
+        judge of scores that is no reward needs a reply for each option (sampling.max_turns): 2 for sums, one for each
+        debater with a file."""
         low: Annotated[int, Field(ge=0, le=999_999)] = 1
         """Smallest term of the generated sums; not used with a file."""
         high: Annotated[int, Field(ge=0, le=999_999)] = 50
@@ -93,9 +95,12 @@ class Debate(Environment):
         return (*(f"debater_{number}" for number in range(1, config.debaters + 1)), *judge)
 
     @classmethod
-    def replies(cls, config: Any) -> tuple[str, int]:
-        """A reply of each debater a round."""
-        return "rounds", config.rounds
+    def replies(cls, config: Any, agent: str) -> tuple[str, int]:
+        """A reply of each debater a round; of a judge one, or one for each option that debaters may argue for."""
+        if agent != JUDGE:
+            return "rounds", config.rounds
+        cases = config.debaters if config.path else 2
+        return "judge", cases if config.judge == "scores" else 1
 
     def size(self, split: Split) -> int | None:
         """Questions of the file in the split; sums have no end."""

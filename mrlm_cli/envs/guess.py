@@ -70,7 +70,7 @@ class Guess(Environment):
     config: Config
 
     @classmethod
-    def replies(cls, config: Any) -> tuple[str, int]:
+    def replies(cls, config: Any, agent: str) -> tuple[str, int]:
         """Every guess is a reply."""
         return "guesses", config.guesses
 

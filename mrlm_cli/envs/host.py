@@ -12,11 +12,14 @@ asked there as well, under the deadline. Built-in
 sessions run inside `open` and `step`, with no deadline: they are audited to answer at once.
 
 A failure in a worker is decided by clocks, memory or a network, so it is written to the journal, and a replay of the
-same session and turn gives the journal's failure without asking the environment.
+same session and turn gives the journal's failure without asking the environment. So is what an environment answers that
+is `journalled`: its session is asked for none but answers that the journal lacks, and rebuilt for the first of them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +34,7 @@ from mrlm_cli.envs.base import Environment, EnvironmentSettings, Session
 from mrlm_cli.envs.failures import Failures
 from mrlm_cli.envs.pool import HUNG, Outcome, Worker
 from mrlm_cli.envs.troubles import Troubles, trace
-from mrlm_cli.envs.wire import check_turn, describe_exception
+from mrlm_cli.envs.wire import check_turn, describe_exception, reply_to_json, turn_from_json, turn_to_json
 from mrlm_cli.errors import HungReply, ScoringError, SessionFailure, UserError
 from mrlm_cli.records import Reply, Split, Task, Turn
 from mrlm_cli.registry import resolve
@@ -52,6 +55,12 @@ class Journal(Protocol):
     def keep_traceback(self, text: str) -> Path | None:
         """Keep the traceback of an exception for whoever looks for the mistake; says where, None if nowhere."""
 
+    def recall_turn(self, session: str, turn: int, digest: str) -> Mapping[str, Any] | None:
+        """The turn recorded for a reply with this digest, if there is one."""
+
+    def record_turns(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep turns as rows of session, turn, digest and shown, like `record`."""
+
 
 class NoJournal:
     """For evaluations, which are never replayed."""
@@ -67,6 +76,13 @@ class NoJournal:
         """There is no run to keep it in."""
         return None
 
+    def recall_turn(self, session: str, turn: int, digest: str) -> None:
+        """Nothing is remembered."""
+        return
+
+    def record_turns(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing is kept."""
+
     def recall_score(self, session: str, reward: str, digest: str) -> None:
         """Nothing is remembered of rewards either."""
         return
@@ -81,7 +97,8 @@ class _Awaited:
     label: str
     turn: int
     outcome: Future[Outcome]
-    journalled: bool  # what it comes to must be written to the journal
+    journalled: bool  # a failure that it comes to must be written to the journal
+    digest: str = ""  # of the reply, where a turn that it comes to must be, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +172,12 @@ class Host:
         Raises ScoringError if more of an environment's last sessions failed than may.
         """
         outcomes: dict[str, Outcome] = {}
+        rows = []
         for entry in ticket.entries:
             outcome = self._wait(entry)
+            if entry.digest and isinstance(outcome, Turn):
+                shown = turn_to_json(outcome)
+                rows.append({"session": entry.session, "turn": entry.turn, "digest": entry.digest, "shown": shown})
             if isinstance(outcome, SessionFailure):
                 self._sessions[entry.session].turns = -1
                 if entry.journalled:
@@ -168,6 +189,7 @@ class Host:
                 failures.add([str(outcome)])
                 if failures.too_many is not None:
                     raise ScoringError(f"environment {entry.label} {failures.too_many}")
+        self._journal.record_turns(rows)
         return outcomes
 
     def _judged(self, label: str, outcome: Outcome) -> Outcome:
@@ -261,12 +283,23 @@ class Host:
             raise ValueError(f"session {name!r} is not open" if held is None else f"session {name!r} has failed")
         held.turns += 1
         if held.worker is not None:
-            worker = held.worker
-            return self._ask(name, held, lambda: worker.step(name, reply))
+            return self._told(name, held, held.worker, reply)
         session, environment = held.session, self.environments[held.label]
         if session is None:
             raise ValueError(f"session {name!r} has not started")
         return self._ask(name, held, lambda: self._now(lambda: check_turn(session.step(reply), environment)))
+
+    def _told(self, name: str, held: _Open, worker: Worker, reply: Reply) -> _Awaited:
+        if not self.environments[held.label].journalled:
+            return self._ask(name, held, lambda: worker.step(name, reply))
+        digest = hashlib.blake2b(json.dumps(reply_to_json(reply)).encode(), digest_size=16).hexdigest()
+        shown = self._journal.recall_turn(name, held.turns, digest)
+        if shown is None:
+            return replace(self._ask(name, held, lambda: worker.step(name, reply)), digest=digest)
+        worker.repeat(name, reply, shown)
+        known: Future[Outcome] = Future()
+        known.set_result(turn_from_json(shown))
+        return _Awaited(name, held.label, held.turns, known, journalled=False)
 
     def _ask(self, name: str, held: _Open, ask: Callable[[], Future[Outcome]]) -> _Awaited:
         if held.worker is None:

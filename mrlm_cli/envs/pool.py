@@ -99,6 +99,16 @@ class Worker:
 
         return self._promise(go_on)
 
+    def repeat(self, name: str, reply: Reply, shown: Mapping[str, Any]) -> None:
+        """Take a reply whose turn is known: the session is rebuilt when a turn of it is asked for that is not."""
+
+        def go_on() -> None:
+            self._held[name].replies.append(reply)
+            self._held[name].shown.append(_digest(shown))
+            self._leave(name)
+
+        self._submit(go_on)
+
     def close(self, name: str) -> None:
         """End a session; nobody waits for it."""
         self._submit(lambda: self._close(name))
@@ -211,6 +221,10 @@ class Worker:
 
     def _close(self, name: str) -> None:
         self._held.pop(name, None)
+        self._leave(name)
+
+    def _leave(self, name: str) -> None:
+        """End the session in the process, if it is there."""
         if self._process is None or name not in self._inside:
             return
         self._inside.remove(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 import time
@@ -13,16 +14,16 @@ from typing import Annotated, Any
 from mrlm_cli.envs.sandbox.box import Sandbox
 from mrlm_cli.envs.sandbox.records import Feed, Job, Limits
 from mrlm_cli.envs.tool_calculator import calculate
-from mrlm_cli.envs.tool_schema import Offered, Tool, ToolError
+from mrlm_cli.envs.tool_schema import MOST_ANSWER, LateTool, Offered, Tool, ToolError
 from mrlm_cli.errors import MissingExtra, SessionFailure
 
 MOST_KEPT = 100  # notes, and files
 MOST_TEXT = 20_000  # characters of a note or file
-MOST_ANSWER = 2000  # characters of a tool's answer
 _FUNCTIONS = {
     "notes": ("read_note", "write_note", "list_notes"),
     "files": ("read_file", "write_file", "list_files"),
 }  # tools that are more than the function of their name
+_NO_TIME = "no time is left for calls in this reply"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -49,7 +50,6 @@ class Box:
         self._notes = dict(notes)
         self._folder = tempfile.TemporaryDirectory(prefix="mrlm-tools-") if "files" in names else None
         self._sandbox, self._limits = sandbox, limits
-        self._seconds = limits.wall_seconds  # left to the programs of this reply
         self._documents = documents
         self._rank = _ranking(documents) if "search" in names else None
         functions: list[Callable[..., str]] = [getattr(self, each) for each in names_of(names)]
@@ -62,6 +62,11 @@ class Box:
             if missing := sorted(set(only) - self.tools.keys()):
                 raise SessionFailure(f"no tool is called {missing[0]!r}; there are {', '.join(self.tools)}")
             self.tools = {name: tool for name, tool in self.tools.items() if name in only}
+        longest = [tool.deadline for tool in self.tools.values() if tool.deadline < math.inf]
+        if sandbox is not None:
+            longest.append(limits.wall_seconds)
+        self._allowed = max(longest, default=math.inf)  # seconds for all calls of one reply
+        self.begin()
         for name, text in files.items():
             self.write_file(name, text)
 
@@ -71,14 +76,26 @@ class Box:
             self._folder.cleanup()
 
     def begin(self) -> None:
-        """A new reply: the wall time of programs is that of all calls in one reply, or many would miss a deadline."""
-        self._seconds = self._limits.wall_seconds
+        """A new reply: all its calls share the time that the slowest tool may take, or many would miss a deadline that
+        fails their session."""
+        self._until = time.monotonic() + self._allowed
+        self._called = False  # whether time was spent already
 
     def answer(self, name: str, arguments: Any) -> str:
-        """What a tool says, cut if it is long. Raises ToolError."""
+        """What a tool says, cut if it is long. Raises ToolError, SessionFailure."""
         if name not in self.tools:
             raise ToolError(f"there is no tool {name[:60]!r}; there are {', '.join(self.tools)}")
-        text = self.tools[name].call(arguments)
+        tool, left = self.tools[name], self._left()
+        if left <= 0:
+            raise LateTool(_NO_TIME)
+        alone = tool.deadline <= left or not self._called
+        self._called = True
+        try:
+            text = tool.call(arguments, min(tool.deadline, left))
+        except LateTool:
+            late = f"call took longer than {tool.deadline:g} s"
+            together = f"calls of this reply took longer than {self._allowed:g} s"
+            raise LateTool(f"{name}: the {late if alone else together}") from None
         return text if len(text) <= MOST_ANSWER else text[:MOST_ANSWER] + " …"
 
     def calculator(self, expression: Annotated[str, "for example (12 + 3) * 7 // 2"]) -> str:
@@ -88,12 +105,9 @@ class Box:
     def python(self, program: Annotated[str, "a Python program that prints what you want to know"]) -> str:
         """Run a Python program without files or network, and see what it prints."""
         assert self._sandbox is not None
-        if self._seconds <= 0:
-            raise ToolError("no time is left for programs in this reply")
-        begun = time.monotonic()
-        job, limits = Job(program, "stdin", (Feed(""),)), replace(self._limits, wall_seconds=self._seconds)
+        seconds = min(self._limits.wall_seconds, self._left())
+        job, limits = Job(program, "stdin", (Feed(""),)), replace(self._limits, wall_seconds=seconds)
         (result,) = self._sandbox.run(job, limits)
-        self._seconds -= time.monotonic() - begun
         if result.kind == "printed":
             return result.text or "(nothing was printed)"
         raise ToolError(f"{result.text}{f' (line {result.line})' if result.line else ''}")
@@ -138,6 +152,9 @@ class Box:
         """List the files of the private directory."""
         assert self._folder is not None
         return ", ".join(sorted(path.name for path in Path(self._folder.name).iterdir())) or "(no files)"
+
+    def _left(self) -> float:
+        return self._until - time.monotonic()
 
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name):  # neither a path nor a hidden file, so nothing outside the directory

@@ -1,9 +1,9 @@
-"""What users bring to the environment `tools`: functions as tools, and files of tasks."""
+"""Files of tasks that users bring to the environment `tools`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,9 @@ from typing import Any
 from mrlm_cli.draws import shuffled
 from mrlm_cli.envs.rows import read_rows
 from mrlm_cli.envs.splits import split_classes
-from mrlm_cli.envs.tool_schema import OwnTool, Tool
 from mrlm_cli.envs.tool_tasks import ToolTask
 from mrlm_cli.errors import UserError
 from mrlm_cli.records import Split
-from mrlm_cli.registry import function
-
-
-def own_tools(names: Sequence[str]) -> list[OwnTool]:
-    """The tools of `./file.py:name` or `package.module:name`, in order. Raises UserError for what is no tool."""
-    found = []
-    for name in names:
-        try:
-            found.append(OwnTool(Tool.of(function(name))))
-        except (TypeError, NameError) as error:  # a parameter without a type, or of a type that does not exist
-            raise UserError(f"{name} cannot be a tool: {error}") from error
-    return found
 
 
 @cache

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
-from mrlm_cli.errors import SessionFailure
-
+MOST_ANSWER = 2000  # characters of a tool's answer
 MOST_SAID = 300  # characters of what a broken tool says
 _NAMES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
@@ -19,7 +19,12 @@ class ToolError(Exception):
 
 
 class BrokenTool(ToolError):
-    """A tool that is not built in raised something; the policy is told, and the call is counted apart."""
+    """A tool that is not built in raised something, or ended its process; the policy is told, and the call is counted
+    apart."""
+
+
+class LateTool(ToolError):
+    """A tool did not answer in time; the policy is told, and the call is counted apart."""
 
 
 class Offered(Protocol):
@@ -33,14 +38,23 @@ class Offered(Protocol):
     def schema(self) -> Mapping[str, Any]:
         """{"type": "function", "function": {"name", "description", "parameters"}}, as chat templates take it."""
 
-    def call(self, arguments: Any) -> str:
-        """The answer. Raises ToolError for what the policy shall be told, SessionFailure for what is not its doing."""
+    @property
+    def deadline(self) -> float:
+        """Seconds for one call; infinity for a tool that is known to answer at once."""
+
+    def call(self, arguments: Any, seconds: float) -> str:
+        """The answer, of at most MOST_ANSWER characters and perhaps one more, within so many seconds.
+
+        Raises LateTool after them, ToolError for what else the policy shall be told, and SessionFailure for what is not
+        its doing: a policy that brings about a failure would leave its episodes out of the training.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
     """A function with its schema, in the form that chat templates take."""
 
+    deadline: ClassVar[float] = math.inf
     name: str
     schema: Mapping[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
     function: Callable[..., Any]
@@ -72,8 +86,15 @@ class Tool:
         }
         return cls(function.__name__, {"type": "function", "function": body}, function)
 
-    def call(self, arguments: Any) -> str:
-        """The answer. Raises ToolError for arguments that do not fit the schema, and what the function says."""
+    def call(self, arguments: Any, seconds: float = math.inf) -> str:
+        """The answer, however long it takes. Raises ToolError for arguments that do not fit, and what the function says
+        with it."""
+        self.check(arguments)
+        found = self.function(**arguments)
+        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+
+    def check(self, arguments: Any) -> None:
+        """Raises ToolError for arguments that do not fit the schema."""
         parameters = self.schema["function"]["parameters"]
         properties = parameters["properties"]
         wanted = ", ".join(f"{name}: {_words(schema)}" for name, schema in properties.items()) or "no arguments"
@@ -88,34 +109,6 @@ class Tool:
         for name, value in arguments.items():
             if not _fits(value, properties[name]):
                 raise ToolError(f"{self.name}: the argument {name} must be {_words(properties[name])}")
-        found = self.function(**arguments)
-        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
-
-
-@dataclass(frozen=True, slots=True)
-class OwnTool:
-    """A user's function: whatever it raises is told to the policy, and costs nothing else."""
-
-    tool: Tool
-
-    @property
-    def name(self) -> str:
-        """The function's name."""
-        return self.tool.name
-
-    @property
-    def schema(self) -> Mapping[str, Any]:
-        """The function's schema."""
-        return self.tool.schema
-
-    def call(self, arguments: Any) -> str:
-        """The answer. Raises ToolError for what the function says with it, BrokenTool for all else that it raises."""
-        try:
-            return self.tool.call(arguments)
-        except (ToolError, SessionFailure):
-            raise
-        except Exception as error:  # a border: a user's function may raise anything
-            raise BrokenTool(f"{self.name} failed: {type(error).__name__}: {error}"[:MOST_SAID]) from error
 
 
 def _schema(hint: Any, where: str) -> dict[str, Any]:

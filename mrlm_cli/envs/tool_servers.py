@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from mrlm_cli.envs.tool_schema import ToolError
+from mrlm_cli.envs.tool_schema import MOST_SAID, BrokenTool, LateTool, ToolError
 from mrlm_cli.errors import DeadlineExceeded, MissingExtra, SessionFailure
 from mrlm_cli.strict import Names, Strict, Strings
 
@@ -40,7 +40,7 @@ class ServerSettings(Strict):
     variables: Strings = ()
     """Names of environment variables that it is given, besides PATH, HOME and the like."""
     deadline: Annotated[float, Field(gt=0, le=3600)] = 10.0
-    """Seconds for one call; without an answer the session fails and the server is started anew. It must be below
+    """Seconds for one call; without an answer the policy is told so, and the server is started anew. It must be below
     hardware.deadline."""
     fresh: bool = False
     """Start a server for each session: for those that keep something between calls. It costs a start each time."""
@@ -99,13 +99,19 @@ class ServedTool:
         }
         self._server = server
 
-    def call(self, arguments: Any) -> str:
-        """The server's answer. Raises ToolError for what the server calls an error, SessionFailure where it fails."""
+    @property
+    def deadline(self) -> float:
+        """The server's."""
+        return self._server.deadline
+
+    def call(self, arguments: Any, seconds: float) -> str:
+        """The server's answer. Raises ToolError for what the server calls an error, LateTool, and BrokenTool where the
+        call ends the server or what it says breaks the protocol; SessionFailure where the server cannot start."""
         if not isinstance(arguments, Mapping):
             raise ToolError(f"{self.name}: arguments must be a JSON object")
         if reason := _unsendable(arguments):
             raise ToolError(f"{self.name}: {reason}")
-        return self._server.call(self.name, dict(arguments))
+        return self._server.call(self.name, dict(arguments), seconds)
 
 
 class _Server:
@@ -119,30 +125,40 @@ class _Server:
         """What the server lists."""
         return [ServedTool(self, listed) for listed in self._running().listed]
 
-    def call(self, name: str, arguments: Mapping[str, Any]) -> str:
+    @property
+    def deadline(self) -> float:
+        """Seconds for one call."""
+        return self._settings.deadline
+
+    def call(self, name: str, arguments: Mapping[str, Any], seconds: float) -> str:
         """The text of the tool's answer."""
         from mcp import MCPError
         from mcp.types import CONNECTION_CLOSED
 
         session = self._running()
-        seconds = self._settings.deadline
         try:
             result = _wait(session.client.call_tool(name, dict(arguments)), seconds)
         except LateError:
-            self.close()
-            raise DeadlineExceeded(f"tool server {self._settings.label}: no answer within {seconds:g} s") from None
+            self._abandon()
+            raise LateTool(name) from None
         except MCPError as error:
             if error.code == CONNECTION_CLOSED:
-                self.close()
-                raise SessionFailure(f"tool server {self._settings.label} died in a call of {name}") from error
+                self._abandon()
+                raise BrokenTool(f"{name} failed: its server ended and is started anew") from error
             raise ToolError(f"{name}: {error}") from error
         except Exception as error:  # a border: whatever the library raises over a server that breaks the protocol
-            self.close()
-            raise SessionFailure(f"tool server {self._settings.label}: {type(error).__name__}: {error}") from error
+            self._abandon()
+            raise BrokenTool(f"{name} failed: {type(error).__name__}: {error}"[:MOST_SAID]) from error
         text = "\n".join(_texts(result.content))
         if result.is_error:
             raise ToolError(text or f"{name} failed")
         return text or "(nothing was said)"
+
+    def _abandon(self) -> None:
+        """Let the server end while others go on: one that hangs takes seconds to be ended."""
+        session, self._session = self._session, None
+        if session is not None:
+            asyncio.run_coroutine_threadsafe(session.close(), _loop())
 
     def close(self) -> None:
         """End the server, if there is one."""

@@ -15,8 +15,9 @@ from mrlm_cli.envs.base import Environment
 from mrlm_cli.envs.code import chosen_sandbox
 from mrlm_cli.envs.sandbox.settings import SandboxSettings
 from mrlm_cli.envs.tool_box import Box, names_of, require_search
-from mrlm_cli.envs.tool_files import own_tools, read
-from mrlm_cli.envs.tool_schema import BrokenTool, ToolError
+from mrlm_cli.envs.tool_files import read
+from mrlm_cli.envs.tool_functions import Functions
+from mrlm_cli.envs.tool_schema import BrokenTool, LateTool, ToolError
 from mrlm_cli.envs.tool_servers import ServerSettings, ToolServers, close, require_mcp
 from mrlm_cli.envs.tool_tasks import NEEDED, Kind, ToolTask, generated
 from mrlm_cli.errors import UserError
@@ -35,17 +36,17 @@ class Tools(Environment):
     A reply without a tool call is the final answer. Components: `correct`, 1 if it is right; `format`, 1 if it stands
     between the tags, the reply ended by itself and no call before it was wrong; `exact`, 1 for a right answer between
     the tags. Wrong calls (no JSON, unknown tools, arguments that do not fit, what a tool refuses) are answered with
-    what is wrong. Facts: `calls`, `wrong_calls`, and `broken_calls`, those in which a tool of yours raised something
-    other than a ToolError.
+    what is wrong, and so is one that takes too long: a policy that brings about failures would leave its sessions out
+    of the training. Facts: `calls`, `wrong_calls`, and with tools of yours among these `late_calls`, which took longer
+    than `deadline`, and `broken_calls`, in which a function raised something other than a ToolError or a server ended.
 
     With `style: template` the tools' schemas go to the model's chat template, and calls are read in the form that
     Hermes, Qwen, Mistral and Llama 3 templates teach; with `tagged` the prompt explains a form that any model can
     write. There is no end to generated tasks; what the tools hold is new in every one, so that nothing can be learnt by
     heart. Tasks of your own are read from `path`; a tenth of them each becomes validation and test, by a hash of the
-    question. `functions` are tools of your own: typed Python functions, called in worker processes; a call that does
-    not end before hardware.deadline fails its session. `mcp` names servers (see `tool_servers`), whose answers should
-    be the same for the same calls, or a resume is not exact; one that dies or is late fails the session. An answer is
-    right if it is the same number, or else the same text without blanks.
+    question. `functions` are tools of your own: typed Python functions, called in a process of their own, which is
+    started anew after a call that is late or ends it. `mcp` names servers (see `tool_servers`). An answer is right if
+    it is the same number, or else the same text without blanks.
 
     The tool python needs a sandbox (raises UserError without), the tool search the extra `search` (MissingExtra).
     """
@@ -63,6 +64,9 @@ class Tools(Environment):
         functions: Annotated[Strings, Names("function")] = ()
         """Tools of your own: ./my_tools.py:name beside the recipe or in the working directory, or
         package.module:name. The name, the types and the docstring are what the policy is told."""
+        deadline: Annotated[float, Field(gt=0, le=3600)] = 10.0
+        """Seconds for one call of one of the functions. All calls of a reply together, whatever they call, have the
+        longest time that one of its tools may take. It must be below hardware.deadline."""
         mcp: Annotated[tuple[ServerSettings, ...], Field(strict=False)] = ()
         """MCP servers (extra `mcp`), whose tools are offered as well: [{command: [python, ./my_server.py]}]."""
         style: Literal["tagged", "template"] = "tagged"
@@ -109,15 +113,20 @@ class Tools(Environment):
         if config.mcp:
             require_mcp()
         self._servers = ToolServers(config.mcp)
-        self._own = own_tools(config.functions)
-        self._names = [*names_of(config.offered), *(tool.name for tool in self._own)]
+        self._functions = Functions(config.functions, config.deadline)
+        self._names = [*names_of(config.offered), *(tool.name for tool in self._functions.tools)]
         if twice := sorted({name for name in self._names if self._names.count(name) > 1}):
             raise UserError(f"two tools are called {twice[0]!r}; rename the function")
 
     @property
     def in_process(self) -> bool:
         """Not with the tool python, which takes time, nor with tools that nobody audited."""
-        return self._sandbox is None and not self._own and not self.config.mcp
+        return self._sandbox is None and not self.config.functions and not self.config.mcp
+
+    @property
+    def journalled(self) -> bool:
+        """What runs elsewhere has a deadline, and may answer the same call differently."""
+        return not self.in_process
 
     def size(self, split: Split) -> int | None:
         """Tasks of a file; there is no end to generated ones. Raises UserError for a broken file."""
@@ -145,7 +154,7 @@ class Tools(Environment):
                 documents=made.documents or ("There is nothing here.",),
                 sandbox=self._sandbox,
                 limits=self.config.sandbox.limits(),
-                others=(*self._own, *served),
+                others=(*self._functions.tools, *served),
                 only=made.offered,
             )
         except BaseException:
@@ -164,13 +173,14 @@ class Tools(Environment):
         return [f"{tool_calls.OPEN}{call}{tool_calls.CLOSE}", answer]
 
     def close(self) -> None:
-        """Remove what killed workers' sandboxes left, and end servers of this process."""
+        """Remove what killed workers' sandboxes left, and end the functions' process and the servers of this one."""
         if self._sandbox is not None:
             self._sandbox.mechanism.sweep()
+        self._functions.close()
         self._servers.close()
 
     @classmethod
-    def replies(cls, config: Any) -> tuple[str, int]:
+    def replies(cls, config: Any, agent: str) -> tuple[str, int]:
         """The replies with calls, and the answer."""
         return "calls", config.calls + 1
 
@@ -191,7 +201,7 @@ class ToolSession:
         self._box = box
         self._config = config
         self._end = end
-        self._replies = self._calls = self._wrong = self._broken = 0
+        self._replies = self._calls = self._wrong = self._late = self._broken = 0
 
     def start(self) -> Turn:
         """The question, with the tools as the style says."""
@@ -236,6 +246,7 @@ class ToolSession:
             answer = self._box.answer(call.name, call.arguments)
         except ToolError as error:
             self._wrong += 1
+            self._late += isinstance(error, LateTool)
             self._broken += isinstance(error, BrokenTool)
             return f"error: {error}"
         return _WITHHELD if self._config.withheld else answer
@@ -264,8 +275,8 @@ class ToolSession:
 
     def _done(self, **components: float) -> Turn:
         facts = {"calls": float(self._calls), "wrong_calls": float(self._wrong)}
-        if self._config.functions:
-            facts["broken_calls"] = float(self._broken)
+        if self._config.functions or self._config.mcp:
+            facts |= {"late_calls": float(self._late), "broken_calls": float(self._broken)}
         return Turn(rewards={"policy": components}, done=True, facts=facts)
 
 

@@ -179,12 +179,17 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str
                 f"got {wall:g}; expected less than hardware.deadline = {recipe.hardware.deadline:g}, "
                 "or a slow program fails its session instead of being judged",
             )
-        for number, server in enumerate(getattr(environment, "mcp", ())):
-            if server.deadline >= recipe.hardware.deadline:
+        slow: list[tuple[tuple[str | int, ...], float]] = [
+            (("mcp", number), each.deadline) for number, each in enumerate(getattr(environment, "mcp", ()))
+        ]
+        if getattr(environment, "functions", ()):
+            slow.append((("deadline",), getattr(environment, "deadline", 0.0)))
+        for place, seconds in slow:
+            if seconds >= recipe.hardware.deadline:
                 yield (
-                    ("environments", index, "mcp", number),
-                    f"deadline ({server.deadline:g}) must be below hardware.deadline = {recipe.hardware.deadline:g}, "
-                    "or a late server costs the whole worker process",
+                    ("environments", index, *place),
+                    f"deadline ({seconds:g}) must be below hardware.deadline = {recipe.hardware.deadline:g}, "
+                    "or a late tool fails its session instead of being answered for",
                 )
     named: Counter[str] = Counter()
     for index, reward in enumerate(recipe.rewards):

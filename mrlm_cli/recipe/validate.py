@@ -71,16 +71,18 @@ def _check_value(tree: Node, parts: Mapping[str, Any], folders: Sequence[Path], 
 
 
 def _check_turns(tree: Node, parts: Mapping[str, Any], folders: Sequence[Path], problems: Problems) -> None:
-    """A limit of replies that an environment sets is not cut short by sampling.max_turns."""
+    """What an environment asks of its agents is not cut short by sampling.max_turns, which does not bind rewards."""
     most = parts.get("sampling", Sampling()).max_turns
+    rewards = {role for role, agent in parts.get("agents", {}).items() if agent.type == "scorer"}
     for index, settings in enumerate(parts.get("environments", ())):
-        limit = registry.resolve("environments", settings.type, folders).replies(settings)
-        if limit is not None and limit[1] > most:
-            name, replies = limit
-            item = _listed(tree, "environments")[index]
-            given = getattr(settings, name)
-            text = f"got {given}, which takes {replies} replies; sampling.max_turns = {most} cuts them short"
-            problems.add(mapping(item).get(name, item).mark, f"environments.{index}.{name}", text)
+        kind = registry.resolve("environments", settings.type, folders)
+        asked = [kind.replies(settings, role) for role in kind.roles(settings) if role not in rewards]
+        for name, replies in sorted({limit for limit in asked if limit is not None}):
+            if replies > most:
+                item = _listed(tree, "environments")[index]
+                given = getattr(settings, name)
+                text = f"got {given}, which takes {replies} replies; sampling.max_turns = {most} cuts them short"
+                problems.add(mapping(item).get(name, item).mark, f"environments.{index}.{name}", text)
 
 
 def _check_steps(tree: Node, problems: Problems) -> None:

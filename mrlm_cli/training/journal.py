@@ -1,4 +1,4 @@
-"""What clocks and remote judges decided in a run, so that a replay decides the same: journal.jsonl."""
+"""What clocks, servers and remote judges decided in a run, so that a replay decides the same: journal.jsonl."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mrlm_cli.training import durable
 
 
 class Journal:
-    """Failures by (session, turn), and what rewards gave by (session, reward); one line each, on the disk before
-    `record` or `record_scores` returns.
+    """Failures and turns by (session, turn), and what rewards gave by (session, reward); one line each, on the disk
+    before `record`, `record_turns` or `record_scores` returns.
 
     A line torn by a kill is dropped: its decision was not yet acted upon. The journal survives a rewind.
     """
@@ -25,6 +25,7 @@ class Journal:
         self._whole_bytes = 0
         self._loaded = False
         self._failures: dict[tuple[str, int], str] = {}
+        self._turns: dict[tuple[str, int], tuple[str, Mapping[str, Any]]] = {}  # (digest of the reply, the turn)
         self._scores: dict[tuple[str, str], dict[str, Any]] = {}
 
     @property
@@ -44,6 +45,8 @@ class Journal:
                     outcome = "values" if "values" in row else "failure"
                     kept = {name: row[name] for name in ("session", "reward", "digest", outcome)}
                     self._scores[row["session"], row["reward"]] = kept
+                elif "shown" in row:
+                    self._turns[row["session"], row["turn"]] = row["digest"], row["shown"]
                 else:
                     self._failures[row["session"], row["turn"]] = row["failure"]
             except (ValueError, KeyError, TypeError) as error:
@@ -64,6 +67,19 @@ class Journal:
             raise ValueError(f"session {session} turn {turn} failed as {known!r} before and cannot fail as {failure!r}")
         self._append(durable.json_line({"session": session, "turn": turn, "failure": failure}))
         self._decided[session, turn] = failure
+
+    def recall_turn(self, session: str, turn: int, digest: str) -> Mapping[str, Any] | None:
+        """The turn that was recorded for a reply with this digest, or None."""
+        self._load()
+        known, shown = self._turns.get((session, turn), ("", None))
+        return shown if known == digest else None
+
+    def record_turns(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write down rows of session, turn, digest and shown. Raises RunDirectoryError."""
+        self._load()
+        if rows:
+            self._append(b"".join(durable.json_line(row) for row in rows))
+        self._turns |= {(row["session"], row["turn"]): (row["digest"], row["shown"]) for row in rows}
 
     def recall_score(self, session: str, reward: str, digest: str) -> Mapping[str, Any] | None:
         """What the reward gave this session, if its transcript was the same: a row with `values` or `failure`."""
