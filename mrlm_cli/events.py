@@ -35,7 +35,8 @@ class Evaluation:
     length: float  # chosen tokens an episode
     truncated: float  # share of episodes cut by a limit
     seconds: float
-    environments: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)  # where there are several
+    # {"environment" where there are several, and "environment/part" of a mixture: {component: its mean}}
+    environments: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     # {"environment/agent": {"reward" or component: its mean}} where an environment has several agents
     agents: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     findings: Mapping[str, float] = field(default_factory=dict)  # {"environment/finding": what it found out}

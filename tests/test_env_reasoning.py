@@ -138,7 +138,9 @@ def test_a_task_that_draws_from_the_global_generator_asks_the_same_again():
     before = random.getstate()
     for index in range(40):  # one in seventeen is of the kind that does
         task = environment.task("train", index)
+        reasoning._entry.cache_clear()
         assert environment.task("train", index) == task
+        reasoning._entry.cache_clear()
         environment.open(task, 0)
     assert random.getstate() == before
 
@@ -149,6 +151,24 @@ def test_questions_share_datasets_which_take_long_to_make():
     for index in range(2 * reasoning.TOGETHER):
         environment.task("train", index)
     assert reasoning._dataset.cache_info().misses == 2
+
+
+def test_a_question_is_made_once_for_all_sessions_of_its_task():
+    environment = make("number_sorting")
+    task = environment.task("train", 7)
+    made = reasoning._entry.cache_info().misses
+    assert paid(environment, task, environment.oracle(task))["exact"] == 1
+    environment._entry("number_sorting", task.data["block"], task.data["place"])["metadata"].clear()  # by a scorer, say
+    assert paid(environment, task, environment.oracle(task))["exact"] == 1
+    assert reasoning._entry.cache_info().misses == made
+
+
+def test_the_parts_of_a_mixture_are_its_tasks():
+    environment, alone = make({"chain_sum": 1, "lcm": 1}), make("lcm")
+    tasks = [environment.task("test", index) for index in range(20)]
+    assert [environment.part(task) for task in tasks] == [task.data["task"] for task in tasks]
+    assert {environment.part(task) for task in tasks} == {"chain_sum", "lcm"}
+    assert alone.part(alone.task("test", 0)) == ""
 
 
 class Scorer:

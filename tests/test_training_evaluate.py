@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mrlm_cli.draws import uniforms
+from mrlm_cli.envs.sort_digits import SortDigits
 from mrlm_cli.errors import UserError
 from mrlm_cli.training.evaluate import _pass_at, evaluate, interval
 from mrlm_cli.training.examine import examine
@@ -88,6 +89,21 @@ def test_held_out_tasks_are_shared_by_weight_and_mixtures_follow_it(tmp_path: Pa
         stored = json.loads((made.run.path / "eval/step-000000.json").read_text())
     assert set(stored["environments"]) == {"three", "four"}
     assert settings("environments", type="sort_digits").label == "sort_digits"
+
+
+def test_parts_of_a_mixture_are_shown_beside_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny(evaluate={"every": 1, "tasks": 21, "temperature": 1.0})
+    with trainer(tmp_path / "run", recipe) as made:
+        monkeypatch.setattr(SortDigits, "part", lambda self, task: "even" if task.index % 2 == 0 else "odd")
+        made.engine.load(made.policy.lm)
+        found, episodes = evaluate(
+            made._judged, made.environments, recipe.evaluate, split="test", seed=1, step=0, checkpoint="x"
+        )
+    assert list(found.environments) == ["sort_digits/even", "sort_digits/odd"]
+    for rest, part in enumerate(found.environments):
+        rewards = [sum(one.rewards) for one in episodes if one.task.index % 2 == rest]
+        assert len(rewards) == 11 - rest
+        assert found.environments[part]["match"].mean == pytest.approx(np.mean(rewards))
 
 
 def test_a_target_without_a_recipe_is_told_what_was_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

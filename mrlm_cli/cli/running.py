@@ -131,8 +131,8 @@ def _show(evaluation: Evaluation, as_json: bool) -> None:
         print(f"  pass@{count:<15} {share:.3f}")
     for name, value in evaluation.findings.items():
         print(f"  {name:<20} {value:.4f}")
-    for agent, received in evaluation.agents.items():
-        print(f"  {agent:<20} " + ", ".join(f"{name} {estimate.mean:.3f}" for name, estimate in received.items()))
+    for place, received in {**evaluation.environments, **evaluation.agents}.items():
+        print(f"  {place:<20} " + ", ".join(f"{name} {estimate.mean:.3f}" for name, estimate in received.items()))
     print(f"  {'length':<20} {evaluation.length:.1f} tokens; {evaluation.truncated:.1%} cut by a limit")
     if evaluation.failed:
         print(f"  {'failed':<20} {evaluation.failed} episodes left out")

@@ -113,6 +113,10 @@ class Environment(ABC):
         """Equal for tasks that are the same but for a symmetry, by default for equal data; splits share none."""
         return json.dumps(task.data, sort_keys=True)
 
+    def part(self, task: Task) -> str:
+        """Which part of a mixture the task is of: evaluations show each part beside the whole. Empty if it is of none."""
+        return ""
+
     def close(self) -> None:  # noqa: B027  (most environments have nothing to give back)
         """Called once at a run's end, after its worker processes are gone: remove what outlives them."""
 

@@ -19,14 +19,16 @@ class OwnRandom:
     """
 
     def __init__(self, seed: int) -> None:
-        from numpy.random import RandomState
-
-        self._states: tuple[Any, Any] = (random.Random(seed).getstate(), RandomState(seed % 2**32).get_state())
+        self._seed = seed
+        self._states: tuple[Any, Any] | None = None  # before it is first entered there is but the seed
         self._outside: tuple[Any, Any] | None = None
 
     def __enter__(self) -> None:
         self._outside = _states()
-        _set(self._states)
+        if self._states is None:
+            _seed(self._seed)
+        else:
+            _set(self._states)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -40,6 +42,14 @@ def _states() -> tuple[Any, Any]:
     from numpy import random as numpy_random
 
     return random.getstate(), numpy_random.get_state()
+
+
+def _seed(seed: int) -> None:
+    """A hundredth of the time that it takes to make a generator for its state."""
+    from numpy import random as numpy_random
+
+    random.seed(seed)
+    numpy_random.seed(seed % 2**32)
 
 
 def _set(states: tuple[Any, Any]) -> None:

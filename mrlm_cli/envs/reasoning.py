@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import importlib.util
@@ -28,6 +29,7 @@ TOGETHER = 32  # questions of a split that share a dataset: to make one takes so
 LONGEST = 20_000  # characters of an answer that a scorer is shown; no right answer comes near
 JUNK = ("", "lorem ipsum dolor", "[]", "{}")  # answers that say nothing: what they earn is worth nothing
 CONSOLATION = 0.05  # what many scorers pay for any answer of the right type; no more than this is worth nothing
+Parameters = tuple[tuple[str, Any], ...]  # of a task, sorted by name, hashable
 _SPLITS: tuple[Split, ...] = get_args(Split)
 _INSTRUCTIONS = {
     "tagged": "\nPut the final answer between <answer> and </answer>.",
@@ -163,6 +165,10 @@ class Reasoning(Environment):
         """The question without case and blanks."""
         return canonical_question(task.data["question"])
 
+    def part(self, task: Task) -> str:
+        """The task of the mixture."""
+        return str(task.data["task"]) if len(self.config.tasks) > 1 else ""
+
     def _rewards(self, name: str, dataset: Any, entry: Mapping[str, Any], reply: Reply) -> Mapping[str, float]:
         text = reply.message.content
         tagged = extract(text, "tagged", longest=LONGEST)
@@ -188,14 +194,14 @@ class Reasoning(Environment):
         return names[-1]  # where rounding left a little over
 
     def _entry(self, name: str, block: int, place: int) -> dict[str, Any]:
-        dataset = self._dataset(name, block)
-        with OwnRandom(integer(2**63, "reasoning", name, block, place)):  # some draw from the global generators too
-            entry: dict[str, Any] = dataset[place]
-        return entry
+        """A copy: what a scorer does to it, the next session of the same task must not see."""
+        return copy.deepcopy(_entry(name, block, self._settings(name), place))
 
     def _dataset(self, name: str, block: int) -> Any:
-        settings = self.config.settings.get(name, {})
-        return _dataset(name, block, tuple(sorted((key, _frozen(value)) for key, value in settings.items())))
+        return _dataset(name, block, self._settings(name))
+
+    def _settings(self, name: str) -> Parameters:
+        return tuple(sorted((key, _frozen(value)) for key, value in self.config.settings.get(name, {}).items()))
 
 
 def canonical_question(text: str) -> str:
@@ -236,8 +242,17 @@ def _names() -> set[str]:
     return set(DATASETS)
 
 
+@lru_cache(maxsize=1024)
+def _entry(name: str, block: int, settings: Parameters, place: int) -> dict[str, Any]:
+    """A question, made once for all samples of a step: some take a quarter of a second. Raises UserError."""
+    dataset = _dataset(name, block, settings)
+    with OwnRandom(integer(2**63, "reasoning", name, block, place)):  # some draw from the global generators too
+        entry: dict[str, Any] = dataset[place]
+    return entry
+
+
 @lru_cache(maxsize=256)
-def _dataset(name: str, block: int, settings: tuple[tuple[str, Any], ...]) -> Any:
+def _dataset(name: str, block: int, settings: Parameters) -> Any:
     """Entries of a seed of their own, enough for a block of questions. Raises UserError for wrong parameters."""
     import reasoning_gym
 

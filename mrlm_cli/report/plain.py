@@ -83,6 +83,11 @@ class PlainLines(Listener):
             said += f", loss {evaluation.components['loss'].mean:.4g}"
         if evaluation.failed:
             said += f", {evaluation.failed} failed and left out"
+        said += "".join(
+            f", {place} {components['exact'].mean:.2f}"
+            for place, components in evaluation.environments.items()
+            if "exact" in components
+        )
         said += "".join(f", {name} {value:.4f}" for name, value in evaluation.findings.items())
         self._write(f"evaluation at step {evaluation.step}: {said}")
 

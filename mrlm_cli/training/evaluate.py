@@ -82,16 +82,6 @@ def evaluate(
         environment = environments[one.task.env]
         if len(environment.roles(environment.config)) > 1:
             by_agent.setdefault(f"{one.task.env}/{one.agent}", []).append(one)
-    labels = list(environments)
-    separate = {
-        label: {
-            name: interval(values, name, seed)
-            for name, values in _components(
-                {task: ones for task, ones in by_task.items() if ones[0].task.env == label}, environments
-            ).items()
-        }
-        for label in (labels if len(labels) > 1 else [])
-    }
     evaluation = Evaluation(
         checkpoint=checkpoint,
         step=step,
@@ -104,7 +94,7 @@ def evaluate(
         length=_mean([len(one.chosen) for one in good]),
         truncated=_mean([one.stop in ("length", "turns") for one in good]),
         seconds=time.perf_counter() - begun,
-        environments=separate,
+        environments=_apart(by_task, environments, seed),
         agents={agent: _of_agent(ones, environments, seed) for agent, ones in by_agent.items()},
         findings=findings or {},
     )
@@ -126,6 +116,23 @@ def _grouped(episodes: Sequence[Episode]) -> dict[str, list[Episode]]:
     for one in episodes:
         found.setdefault(one.group, []).append(one)
     return found
+
+
+def _apart(
+    by_task: Mapping[str, Sequence[Episode]], environments: Mapping[str, Environment], seed: int
+) -> dict[str, dict[str, Estimate]]:
+    """Components of each environment where there are several, and of each part of one as "environment/part"."""
+    places: dict[str, dict[str, Sequence[Episode]]] = {}
+    for task, ones in by_task.items():
+        label = ones[0].task.env
+        if len(environments) > 1:
+            places.setdefault(label, {})[task] = ones
+        if part := environments[label].part(ones[0].task):
+            places.setdefault(f"{label}/{part}", {})[task] = ones
+    return {
+        place: {name: interval(values, name, seed) for name, values in _components(within, environments).items()}
+        for place, within in sorted(places.items())
+    }
 
 
 def _of_agent(episodes: Sequence[Episode], environments: Mapping[str, Environment], seed: int) -> dict[str, Estimate]:
