@@ -114,7 +114,7 @@ class Environment(ABC):
         return json.dumps(task.data, sort_keys=True)
 
     def part(self, task: Task) -> str:
-        """Which part of a mixture the task is of: evaluations show each part beside the whole. Empty if it is of none."""
+        """Which part of a mixture the task is of: evaluations show each part beside the whole. Empty if of none."""
         return ""
 
     def close(self) -> None:  # noqa: B027  (most environments have nothing to give back)

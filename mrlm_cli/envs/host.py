@@ -7,9 +7,9 @@
         ticket = host.step([("session name", reply)])
         host.close(["session name"])
 
-Of a user's environment `size` and `oracle` are called in this process; its sessions live in workers, and its `task` is
-asked there as well, under the deadline. Built-in
-sessions run inside `open` and `step`, with no deadline: they are audited to answer at once.
+Of a user's environment `size`, `oracle` and `part` are called in this process; its sessions live in workers, and its
+`task` is asked there as well, under the deadline. Built-in sessions run inside `open` and `step`, with no deadline:
+they are audited to answer at once.
 
 A failure in a worker is decided by clocks, memory or a network, so it is written to the journal, and a replay of the
 same session and turn gives the journal's failure without asking the environment. So is what an environment answers that

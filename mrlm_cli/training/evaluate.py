@@ -121,7 +121,7 @@ def _grouped(episodes: Sequence[Episode]) -> dict[str, list[Episode]]:
 def _apart(
     by_task: Mapping[str, Sequence[Episode]], environments: Mapping[str, Environment], seed: int
 ) -> dict[str, dict[str, Estimate]]:
-    """Components of each environment where there are several, and of each part of one as "environment/part"."""
+    """Components of each environment where there are several, and of the parts of mixtures as "environment/part"."""
     places: dict[str, dict[str, Sequence[Episode]]] = {}
     for task, ones in by_task.items():
         label = ones[0].task.env
