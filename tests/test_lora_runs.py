@@ -178,8 +178,11 @@ def test_a_chain_starts_from_merged_adapters_with_no_distance(tmp_path: Path, ag
         return
     file = start / "checkpoints/latest/policy/adapter_model.safetensors"
     save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match="holds no model"):  # its one checkpoint is not whole any more
+        pretrained.read(str(start))
+    changed = {**model, "path": str(file.parent)}  # a model's directory alone has no manifest
     with (
-        trainer(tmp_path / "other", recipe(tmp_path, "ppo", model=model)) as made,
+        trainer(tmp_path / "other", recipe(tmp_path, "ppo", model=changed)) as made,
         pytest.raises(CheckpointError, match="the model that its adapters were trained on has changed since"),
     ):
         load.load_weights(made.policy, tmp_path / "next/checkpoints/latest")
