@@ -51,9 +51,13 @@ def checkpoint_directory(path: Path) -> Path:
         if (path / checkpoints.MANIFEST).is_file():
             checkpoints.verify(path)
         return path
-    newest = checkpoints.newest_whole(path / "checkpoints", lambda text: print(text, file=sys.stderr))
+    broken: list[str] = []
+    newest = checkpoints.newest_whole(path / "checkpoints", broken.append)
+    if newest is None and broken:
+        raise CheckpointError(f"{path} has no whole checkpoint: {broken[0]}")
     if newest is None:
         raise CheckpointError(f"{path} holds no model: neither config.json nor policy/ nor a checkpoint of a run")
+    print("".join(f"{text}\n" for text in broken), end="", file=sys.stderr)
     return newest.resolve()
 
 
