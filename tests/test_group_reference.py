@@ -122,7 +122,7 @@ def slow_loss(algorithm, out, batch, progress):
             kl = {"k2": k1**2 / 2, "k3": math.exp(-k1) - 1 + k1, "k3+": math.exp(-k1) - 1 + k1}.get(config.kl.form, 0.0)
             over_mass["policy_loss"] += weight * importance * term
             over_mass["kl_loss"] += weight * kl
-            gone_from_reference += k1
+            gone_from_reference += (batch.old_logprobs[b, t] - batch.ref_logprobs[b, t]).item()
             total["mass"] += weight * (importance * term + config.kl.coef * kl)
             total["tokens"] -= entropy_coef * out.entropy[b, t].item()
             measure("approx_kl", math.exp(gaps[t]) - 1 - gaps[t])

@@ -172,6 +172,15 @@ def test_a_run_that_is_held_is_not_replaced(tmp_path: Path) -> None:
     assert [path.name for path in held.path.parent.iterdir()] == ["mine"]
 
 
+def test_a_run_with_a_trained_checkpoint_is_not_replaced_though_its_metrics_are_gone(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "runs" / "mine", recipe_yaml="name: mine\n", origins={}, machine={})
+    (run.checkpoints / "step-000000").mkdir(parents=True)  # a signal came before the first step
+    RunDirectory.refuse_existing(run.path)
+    (run.checkpoints / "step-000004").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        RunDirectory.refuse_existing(run.path)
+
+
 def test_a_stored_recipe_without_a_key_takes_its_default(tmp_path: Path) -> None:
     """A run of an older version goes on; where the default would change its rows, that is told with the way out."""
     rows = jsonl(tmp_path / "rows.jsonl", [chat_row(str(number)) for number in range(60)])

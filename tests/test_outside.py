@@ -94,6 +94,11 @@ OTHERS: list[tuple[str, str, str]] = [
         "environments.0.mcp.0.command.1",
         "there is no file ./server.py",
     ),
+    (
+        "environments: [{type: tools, mcp: [{command: [npx, -y, '@scope/server-files', --in=a/b.py, 'http://a/b']}]}]",
+        "",
+        "",
+    ),
     ("rewards: [{type: lexicon, path: words.txt}]", "rewards.0.path", "there is no file words.txt"),
     ("rewards: [{type: local_judge, path: ./none}]", "rewards.0.path", "there is no model at none"),
     ("rewards: [{type: reward_model, path: ./none}]", "rewards.0.path", "there is no reward model ./none"),

@@ -103,7 +103,7 @@ def test_a_gap_above_the_limit_is_told_and_scored_anew_until_it_is_gone(
         assert [round(row["sampler_gap_max"], 3) for row in rows(made)] == [0.0, 0.05, 0.05, 0.0, 0.0]
     assert [text for text in heard.warnings if "reuse_within" in text] == [
         "step 2: a log-prob of the sampler is 0.05 nats from the trainer's, more than sampling.reuse_within = 0.001: "
-        "log-probs are scored anew until it is less"
+        "the old ones are the trainer's until it is less"
     ]
 
 
@@ -177,6 +177,7 @@ PAIRS = {"tasks_per_step": 6, "episodes_per_task": 2, "max_new_tokens": 5}
         ({"type": "rloo", "kl": {"coef": 0}}, SINGLE, "update"),
         ({"type": "grpo", "importance": {}}, SINGLE, "scoring"),
         ({"type": "ppo"}, SINGLE, "scoring"),  # values are needed anyway
+        ({"type": "dpo"}, {**SINGLE, "minibatches": 2}, "update"),  # which has no use for them
     ],
 )
 def test_a_single_optimizer_step_needs_no_scoring_unless_something_asks_before_it(

@@ -58,7 +58,12 @@ class DPO(Plain):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.needs = Needs(
-            values=False, reference=not config.reference_free, old=False, entropy=False, pairs=config.pairs
+            values=False,
+            reference=not config.reference_free,
+            old=False,
+            credits_old=False,
+            entropy=False,
+            pairs=config.pairs,
         )
         self.bootstrap = False
 

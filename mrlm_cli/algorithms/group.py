@@ -123,7 +123,8 @@ class Group:
             kl_loss = (batch.weights * estimate(logprobs, only(batch.ref_logprobs))).sum()
             total = total + config.kl.coef * kl_loss
             sums.add("kl_loss", kl_loss.detach(), mass)
-            k1 = formulas.kl.k1(logprobs.detach(), only(batch.ref_logprobs)).double()
+            # Before the update, as where it is credited: of the old ones, so that the first step of a run says 0.
+            k1 = formulas.kl.k1(old_logprobs, only(batch.ref_logprobs)).double()
             sums.add("kl", k1.sum(), active.any(1).sum())
         logprobs, log_ratios = logprobs.detach(), log_ratios.detach()
         sums.add("policy_loss", policy_loss.detach(), mass)

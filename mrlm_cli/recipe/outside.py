@@ -164,7 +164,8 @@ def _episodes(text: str, folders: Sequence[Path], models: Models) -> str | None:
 
 def _command(text: str, folders: Sequence[Path], models: Models) -> str | None:
     """A word of a command: a program or argument that looks like a file must be one."""
-    if "/" not in text and not text.endswith(".py"):
+    looks = text.startswith(("/", "./", "../", "~/")) or text.endswith(".py")
+    if not looks or "=" in text or "://" in text:  # a package with a scope, an option, an address
         return None
     return None if Path(text).expanduser().exists() or shutil.which(text) else f"there is no file {text}"
 

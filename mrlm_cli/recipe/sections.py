@@ -133,7 +133,7 @@ class Sampling(Strict):
     """Strings that end a reply, with the token that completes one of them."""
     reuse_within: Annotated[float, Field(ge=0, le=0.1)] = 0.0
     """In float32 the sampler's log-probs serve as the old ones, which saves scoring them, while the largest gap to the
-    trainer's that was measured last (`sampler_gap_max`) is at most this, in nats; 1e-3 suits. 0 always scores them."""
+    trainer's that was measured last (`sampler_gap_max`) is at most this, in nats; 1e-3 suits. 0 never uses them."""
 
 
 class Optimizer(Strict):

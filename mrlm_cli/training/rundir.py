@@ -34,6 +34,7 @@ from typing import Any
 import yaml
 
 from mrlm_cli.errors import NonFiniteError, RunDirectoryError, UserError
+from mrlm_cli.recipe import checkpoints
 from mrlm_cli.training import durable
 from mrlm_cli.training.journal import Journal
 
@@ -323,7 +324,9 @@ class RunDirectory:
 
 def untrained(path: Path) -> bool:
     """Whether a run lies there in which no step was done: to begin it again loses nothing."""
-    return _is_run(path) and (path / "metrics.jsonl").stat().st_size == 0
+    if not _is_run(path) or (path / "metrics.jsonl").stat().st_size > 0:
+        return False
+    return all(checkpoints.step_of(one) == 0 for one in checkpoints.below(path / "checkpoints"))
 
 
 def latest_run(root: Path = Path("runs")) -> Path:

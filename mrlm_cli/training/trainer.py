@@ -106,11 +106,13 @@ class Trainer:
     def old_logprobs_from(self, episodes: Sequence[Episode], progress: Progress) -> OldFrom:
         """The cheapest source of old log-probs that is exact enough for this iteration.
 
-        The update's own forward, if it is the only one and nothing asks before. The sampler's in float32, if they are
-        of this very policy and the gap allows it; not while the update scores nothing to measure it on.
+        The update's own forward, if nothing asks before it, and after it nothing or the gap alone. The sampler's in
+        float32, if they are of this very policy and the gap allows it; not while the update scores nothing to measure
+        it on.
         """
         optimizer = self.recipe.optimizer
-        if optimizer.passes * optimizer.minibatches == 1 and not (self.needs.values or self.needs.credits_old):
+        once = optimizer.passes * optimizer.minibatches == 1 or not self.algorithm.needs.old  # else for the gap alone
+        if once and not (self.needs.values or self.needs.credits_old):
             return "update"
         return "sampler" if self._reuses_logprobs(episodes, progress) else "scoring"
 
@@ -135,7 +137,7 @@ class Trainer:
         ):
             self.announce.warned(
                 f"step {self.step}: a log-prob of the sampler is {gap:.2g} nats from the trainer's, more than "
-                f"sampling.reuse_within = {limit:g}: log-probs are scored anew until it is less"
+                f"sampling.reuse_within = {limit:g}: the old ones are the trainer's until it is less"
             )
         self._gap = gap
 
