@@ -18,7 +18,7 @@ from mrlm_cli.envs.sandbox.records import Limits
 from mrlm_cli.envs.tool_box import MOST_KEPT, Box
 from mrlm_cli.envs.tool_calculator import calculate
 from mrlm_cli.envs.tool_calls import ToolCall, calls
-from mrlm_cli.envs.tool_schema import Tool, ToolError
+from mrlm_cli.envs.tool_schema import MOST_ANSWER, Tool, ToolError
 from mrlm_cli.envs.tool_tasks import NEEDED, generated
 from mrlm_cli.envs.tools import Tools
 from mrlm_cli.records import Message, Reply, Turn
@@ -145,6 +145,17 @@ def test_wrong_calls_are_told_and_cost_the_form() -> None:
     assert said[4] == "division by zero</tool_result>\n<tool_result>2</tool_result>"
     assert turns[-1].rewards["policy"] == {"correct": 1.0, "format": 0.0, "exact": 1.0}
     assert turns[-1].facts == {"calls": 6.0, "wrong_calls": 5.0}
+
+
+def test_what_is_wrong_is_cut_as_answers_are(monkeypatch) -> None:
+    """A server may say anything with its error."""
+
+    def answer(box: Box, name: str, arguments: object) -> str:
+        raise ToolError("x" * 5000)
+
+    monkeypatch.setattr(Box, "answer", answer)
+    _, told = talk(make(kinds=["calculate"]), reply(call("calculator", expression="1")))
+    assert told.messages[0].content == f"<tool_result>error: {'x' * MOST_ANSWER}</tool_result>"
 
 
 def test_calls_run_out() -> None:

@@ -16,6 +16,7 @@ from mrlm_cli.errors import CheckpointError, MrlmError, ScoringError, UserError
 from mrlm_cli.records import Message, Task, Transcript
 from mrlm_cli.registry import resolve
 from mrlm_cli.rewards.firewall import Scorers
+from mrlm_cli.training.journal import Journal
 from mrlm_cli.training.rundir import RunDirectory
 from tests.data_helpers import chat_row, jsonl
 
@@ -78,6 +79,13 @@ def test_an_exception_of_ones_own_environment_is_short_and_kept_whole(tmp_path: 
     assert "ended before its first step" in (run / "warnings.jsonl").read_text()
     with pytest.raises(UserError, match="exists already; go on with it: mrlm resume runs/mine"):
         train(RECIPE)
+
+
+def test_a_traceback_with_half_a_character_is_kept(tmp_path: Path) -> None:
+    """JSON that a policy writes may hold one, and a person's exception may quote it."""
+    kept = Journal(tmp_path / "journal.jsonl").keep_traceback("ValueError: no \ud800\n")
+    assert kept is not None
+    assert kept.read_text() == "ValueError: no \\ud800\n"
 
 
 def test_the_whole_traceback_is_shown_with_debug_and_each_exception_once(capsys, monkeypatch) -> None:

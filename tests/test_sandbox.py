@@ -1,8 +1,10 @@
 """The sandbox, judged from outside: what attacks leave behind, what graders' cheats earn, what honest programs get."""
 
 import os
+import platform
 import re
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -395,6 +397,40 @@ def test_the_filter_is_a_whole_program() -> None:
             "memfd_create",
         }
         assert len(set(names.values())) == len(names)
+
+
+def verdict(code: bytes, number: int, *arguments: int) -> int:
+    """What the kernel would find in the filter for a system call."""
+    machine = seccomp._ARCHITECTURES[platform.machine()]
+    data = struct.pack("<iIQ6Q", number, machine, 0, *arguments, *[0] * (6 - len(arguments)))
+    place = loaded = 0
+    while True:
+        what, yes, no, value = struct.unpack_from("<HBBI", code, 8 * place)
+        place += 1
+        if what == 0x06:
+            return value
+        if what == 0x20:
+            (loaded,) = struct.unpack_from("<I", data, value)
+            continue
+        holds = {0x15: loaded == value, 0x35: loaded >= value, 0x45: bool(loaded & value)}[what]
+        place += yes if holds else no
+
+
+@pytest.mark.skipif(not seccomp.supported(), reason="no table of system calls for this machine")
+def test_nothing_is_cut_to_nothing_by_opening_it_to_read() -> None:
+    """Landlock before its third version asks only whether a file may be read."""
+    names = syscalls.numbers(syscalls.ALWAYS, platform.machine())
+    alone, hidden = seccomp.program(alone=True), seccomp.program(alone=False)
+    for name, before in (("open", (0,)), ("openat", (0, 0))):
+        if name in names:
+            for mode in range(4):
+                for more in (0, os.O_CLOEXEC, os.O_CREAT):
+                    assert verdict(alone, names[name], *before, mode | more) == seccomp._ALLOW
+                    found = verdict(alone, names[name], *before, mode | more | os.O_TRUNC)
+                    assert found == (seccomp._ALLOW if mode in (os.O_WRONLY, os.O_RDWR) else seccomp._REFUSE)
+                    assert verdict(hidden, names[name], *before, mode | more | os.O_TRUNC) == seccomp._ALLOW
+    assert verdict(alone, 437) == seccomp._REFUSE  # openat2
+    assert verdict(hidden, 437) == seccomp._ALLOW
 
 
 def test_control_groups_of_version_2(tmp_path: Path) -> None:

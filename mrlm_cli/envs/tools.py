@@ -17,7 +17,7 @@ from mrlm_cli.envs.sandbox.settings import SandboxSettings
 from mrlm_cli.envs.tool_box import Box, names_of, require_search
 from mrlm_cli.envs.tool_files import read
 from mrlm_cli.envs.tool_functions import Functions
-from mrlm_cli.envs.tool_schema import BrokenTool, LateTool, ToolError
+from mrlm_cli.envs.tool_schema import MOST_ANSWER, BrokenTool, LateTool, ToolError
 from mrlm_cli.envs.tool_servers import ServerSettings, ToolServers, close, require_mcp
 from mrlm_cli.envs.tool_tasks import NEEDED, Kind, ToolTask, generated
 from mrlm_cli.errors import UserError
@@ -248,7 +248,7 @@ class ToolSession:
             self._wrong += 1
             self._late += isinstance(error, LateTool)
             self._broken += isinstance(error, BrokenTool)
-            return f"error: {error}"
+            return f"error: {str(error)[:MOST_ANSWER]}"
         return _WITHHELD if self._config.withheld else answer
 
     def _said(self, answers: list[tuple[str, str]], reply: Reply) -> Turn:

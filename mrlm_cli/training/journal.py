@@ -98,7 +98,7 @@ class Journal:
         """Add to the run's tracebacks.txt; None if there is no run directory yet or its disk refuses: what is told of
         an exception must not hide it."""
         try:
-            with self._tracebacks.open("a", encoding="utf-8") as file:
+            with self._tracebacks.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except OSError:
             return None

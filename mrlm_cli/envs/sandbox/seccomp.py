@@ -23,6 +23,7 @@ _NAMESPACES = 0x7E020000  # CLONE_NEW*
 _THREAD = 0x00010000  # CLONE_THREAD
 _IOCTLS = (0x5401, 0x5413, 0x5421, 0x541B, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONBIO, FIONREAD, FIONCLEX, FIOCLEX
 _NOT_A_STREAM = 0xE  # bits of a socket's type: half of a pair of datagram sockets could write to any socket's name
+_TRUNCATE, _WRITE, _READ_AND_WRITE = 0x200, 0x1, 0x2  # bits of how a file is opened, alike on both machines
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG: a program alone must not outlive the one who started it
 _OWNERS = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: they make the kernel send signals to others
 
@@ -50,12 +51,15 @@ def program(*, alone: bool) -> bytes:
     ]
     if alone:
         own = allowed.pop("prctl")
+        opening = [(allowed.pop(name), place) for name, place in (("open", 1), ("openat", 2)) if name in allowed]
     for number in sorted(allowed.values()):
         code += [(_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
     needs_thread = [(_IF_ANY_BIT, 1, 0, _THREAD), (_RETURN, 0, 0, _REFUSE)] if alone else []
     not_spaces = [(_IF_ANY_BIT, 0, 1, _NAMESPACES), (_RETURN, 0, 0, _REFUSE)]
     if alone:
         code += _where(own, 0, [*_either((_DEATH_SIGNAL,), _REFUSE), (_RETURN, 0, 0, _ALLOW)])
+        for number, place in opening:
+            code += _where(number, place, _OPENING)
     code += _where(filtered["clone"], 0, [*not_spaces, *needs_thread, (_RETURN, 0, 0, _ALLOW)])
     # Its flags lie behind a pointer, which a filter cannot follow; the C library falls back to clone.
     code += [(_IF_EQUAL, 0, 1, filtered["clone3"]), (_RETURN, 0, 0, _UNKNOWN)]
@@ -67,6 +71,18 @@ def program(*, alone: bool) -> bytes:
         code += _where(filtered[name], 0, [*_either((0,), _ALLOW), (_RETURN, 0, 0, _REFUSE)])
     code.append((_RETURN, 0, 0, _REFUSE))
     return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)
+
+
+# Before its third version Landlock lets what is opened for reading alone, or for neither, be cut to nothing as well.
+_OPENING = [
+    (_IF_ANY_BIT, 1, 0, _TRUNCATE),
+    (_RETURN, 0, 0, _ALLOW),
+    (_IF_ANY_BIT, 1, 0, _WRITE),
+    (_IF_ANY_BIT, 1, 2, _READ_AND_WRITE),
+    (_IF_ANY_BIT, 1, 0, _READ_AND_WRITE),
+    (_RETURN, 0, 0, _ALLOW),
+    (_RETURN, 0, 0, _REFUSE),
+]
 
 
 def _where(number: int, argument: int, body: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
