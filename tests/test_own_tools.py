@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mrlm_cli import api
+from mrlm_cli import api, blame
 from mrlm_cli.envs.base import EnvironmentSettings
 from mrlm_cli.envs.conformance import SPLITS, problems
 from mrlm_cli.envs.host import Host, NoJournal
@@ -142,6 +142,15 @@ def test_what_a_function_raises_is_told_and_counted(folder, capfd) -> None:
     assert said[2] == "<tool_result>error: twice: the argument number must be an integer</tool_result>"
     assert turns[4].facts == {"calls": 3.0, "wrong_calls": 3.0, "late_calls": 0.0, "broken_calls": 1.0}
     assert "environment worker 0: tools: KeyError: 'xxx" in capfd.readouterr().err, "nobody is told where"
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_whole_traceback_of_a_function_is_shown_with_debug(folder, capfd, monkeypatch, debug) -> None:
+    monkeypatch.setattr(blame, "debug", debug)
+    talk(settings(folder, "breaks"), call("breaks", word="a"), "no")
+    told = capfd.readouterr().err
+    assert ("Traceback (most recent call last)" in told) == debug
+    assert ("--debug prints the whole traceback" in told) != debug
 
 
 def test_the_right_answer_of_a_file_is_exact(folder) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Event
 from typing import IO, Any
 
+from mrlm_cli import blame
 from mrlm_cli.envs.troubles import Troubles
 from mrlm_cli.envs.wire import FOLDER, HEADER, MAX_FRAME, frame
 from mrlm_cli.errors import MrlmError
@@ -105,7 +106,7 @@ class WorkerProcess:
 
         After an error the process must be killed.
         """
-        request = {"op": "init", "folders": [str(folder.resolve()) for folder in folders], **held}
+        request = {"op": "init", "folders": [str(folder.resolve()) for folder in folders], "debug": blame.debug, **held}
         try:
             answer = self.ask(frame(request), START_SECONDS)
         except LateError:

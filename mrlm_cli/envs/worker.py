@@ -30,6 +30,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import IO, Any
 
+from mrlm_cli import blame
 from mrlm_cli.envs.base import Environment, Session
 from mrlm_cli.envs.troubles import trace
 from mrlm_cli.envs.wire import (
@@ -107,6 +108,8 @@ def serve(answer: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
     Thread(target=_receive, args=(requests, inbox), daemon=True).start()
     while True:
         request = inbox.get()
+        if request.get("op") == "init":
+            blame.debug = request.get("debug", False)  # what processes of its own raise is told here
         try:
             data = frame(answer(request))
         except BaseException as error:  # user code ends here, SystemExit included
