@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrlm_cli import registry
-from mrlm_cli.errors import UserError
+from mrlm_cli.errors import CheckpointError, UserError
 from mrlm_cli.events import Collected, Evaluation, Listener, Wanted
-from mrlm_cli.recipe import compose
+from mrlm_cli.recipe import checkpoints, compose
 from mrlm_cli.recipe.agents import Scripted
 from mrlm_cli.recipe.compose import Checked, Composed
 from mrlm_cli.recipe.schema import Recipe
@@ -321,6 +321,12 @@ def _run(
                 newest = checkpoint.newest_whole(run.checkpoints, announce.warned)
                 if newest is not None:
                     trainer.load(newest)
+                elif broken := [path for path in checkpoints.below(run.checkpoints) if checkpoints.step_of(path) > 0]:
+                    # Going on from step 0 would throw the run's records away for what may be a passing fault.
+                    raise CheckpointError(
+                        f"{run.path}: none of its checkpoints is whole ({broken[0].name} is the newest); "
+                        "bring one back, or begin anew under another --run-dir"
+                    )
                 if trainer.step > recipe.steps:
                     raise UserError(f"steps={recipe.steps}: {run.path} has come to step {trainer.step} already")
                 run.rewind(trainer.step)

@@ -218,3 +218,13 @@ hardware: {{threads: 1}}
     recipe.write_text(without("test_share:").replace("\n  rows_per_step", "\n  test_share: 0\n  rows_per_step"))
     api.resume(run, ["steps=4"], plain=True)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_run_whose_checkpoints_are_all_broken_is_not_begun_anew_over_its_records(tmp_path: Path) -> None:
+    run = train(RECIPE)
+    rows = (run / "metrics.jsonl").read_bytes()
+    for state in run.glob("checkpoints/step-*/state.json"):
+        state.write_bytes(state.read_bytes() + b" ")
+    with pytest.raises(CheckpointError, match=r"none of its checkpoints is whole \(step-000002 is the newest\)"):
+        api.resume(run, ["steps=3"], plain=True)
+    assert (run / "metrics.jsonl").read_bytes() == rows

@@ -43,7 +43,8 @@ def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:
         raise MissingExtra("model.lora", "lora")
     for environment in recipe.environments:  # an environment raises MissingExtra when it is made
         made = registry.resolve("environments", environment.type, composed.folders)(environment)
-        if Path(getattr(environment, "path", None) or "").is_file():
+        path = getattr(environment, "path", None)
+        if isinstance(path, str) and Path(path).is_file():
             made.size("train")  # reads every problem of the file
     for reward in recipe.rewards:
         registry.resolve("rewards", reward.type, composed.folders)(reward)
