@@ -327,3 +327,20 @@ def test_the_example_trains_and_its_tasks_are_those_of_its_table(tmp_path, monke
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["failed_rate"] for row in rows] == [0.0, 0.0]
     assert {"fact/tools/late_calls", "fact/tools/broken_calls"} <= rows[0].keys()
+
+
+def test_what_a_function_has_started_ends_with_the_run(folder) -> None:
+    sleeper = """
+import subprocess
+
+def sleeper() -> str:
+    "Start something that lasts."
+    return str(subprocess.Popen(["sleep", "300"]).pid)
+"""
+    (folder / "mine.py").write_text(MINE + sleeper)
+    _, answer = talk(settings(folder, "sleeper"), call("sleeper"))
+    number = answer.messages[0].content.removeprefix("<tool_result>").removesuffix("</tool_result>")
+    status, until = Path(f"/proc/{number}/stat"), time.monotonic() + 5
+    while status.exists() and status.read_text().split()[2] != "Z":
+        assert time.monotonic() < until, "it lives on"
+        time.sleep(0.05)

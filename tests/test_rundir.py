@@ -346,3 +346,15 @@ def test_the_machine_is_described() -> None:
     assert found["cpus_allowed"] == len(os.sched_getaffinity(0))
     assert found["memory_mb"] > 100
     assert found["cpu"]
+
+
+def test_what_a_process_wrote_down_itself_it_does_not_keep_in_memory(run: RunDirectory) -> None:
+    journal = run.journal
+    journal.record_turns([{"session": "a", "turn": 1, "digest": "d", "shown": {"text": "x"}}])
+    journal.record_scores([{"session": "a", "reward": "r", "digest": "d", "values": {"r": 1.0}}])
+    assert journal.recall_turn("a", 1, "d") is None
+    assert journal.recall_score("a", "r", "d") is None
+    again = RunDirectory.open(run.path).journal
+    assert again.recall_turn("a", 1, "d") == {"text": "x"}
+    assert again.recall_turn("a", 1, "other") is None
+    assert again.recall_score("a", "r", "d")["values"] == {"r": 1.0}

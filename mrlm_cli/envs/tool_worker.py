@@ -5,13 +5,15 @@
                                                           or {"refused": text}, where it raised a ToolError
                                                           or {"broken": text, "trace": …}, where it raised anything else
 
-or {"failure": text} where it raised a SessionFailure. On Linux it dies with the process that started it, even while a
-function holds the interpreter's lock.
+or {"failure": text} where it raised a SessionFailure. It dies with the process that started it, and with it whatever a
+function has started in its process group, even while a function holds the interpreter's lock: a guard, a process of the
+same group, sees to that.
 """
 
 from __future__ import annotations
 
-import ctypes
+import os
+import select
 import signal
 import sys
 from collections.abc import Mapping
@@ -23,8 +25,6 @@ from mrlm_cli.envs.troubles import trace
 from mrlm_cli.envs.worker import serve
 from mrlm_cli.errors import SessionFailure
 from mrlm_cli.registry import function
-
-_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 class Calls:
@@ -51,7 +51,16 @@ class Calls:
             return {"broken": f"{name} failed: {type(error).__name__}: {error}"[:MOST_SAID], "trace": trace(error)}
 
 
+def _guard() -> None:
+    """Fork a process that ends this group once nobody can send requests any more."""
+    if os.fork() == 0:
+        os.closerange(1, 3)  # the parent must see the worker's own end by them
+        requests = select.poll()
+        requests.register(0, 0)
+        requests.poll()
+        os.killpg(0, signal.SIGKILL)
+
+
 if __name__ == "__main__":
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, int(signal.SIGKILL))
+    _guard()  # before any thread
     serve(Calls().answer)

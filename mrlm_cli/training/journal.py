@@ -16,7 +16,9 @@ class Journal:
     """Failures and turns by (session, turn), and what rewards gave by (session, reward); one line each, on the disk
     before `record`, `record_turns` or `record_scores` returns.
 
-    A line torn by a kill is dropped: its decision was not yet acted upon. The journal survives a rewind.
+    A line torn by a kill is dropped: its decision was not yet acted upon. The journal survives a rewind. Turns and
+    scores that this process writes down it does not remember: only another process, on a replay, asks for them again,
+    and a long run would fill the memory with them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,7 +81,6 @@ class Journal:
         self._load()
         if rows:
             self._append(b"".join(durable.json_line(row) for row in rows))
-        self._turns |= {(row["session"], row["turn"]): (row["digest"], row["shown"]) for row in rows}
 
     def recall_score(self, session: str, reward: str, digest: str) -> Mapping[str, Any] | None:
         """What the reward gave this session, if its transcript was the same: a row with `values` or `failure`."""
@@ -92,7 +93,6 @@ class Journal:
         self._load()
         if rows:
             self._append(b"".join(durable.json_line(row) for row in rows))
-        self._scores |= {(row["session"], row["reward"]): dict(row) for row in rows}
 
     def keep_traceback(self, text: str) -> Path | None:
         """Add to the run's tracebacks.txt; None if there is no run directory yet or its disk refuses: what is told of
