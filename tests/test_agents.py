@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mrlm_cli.envs import kuhn
+from mrlm_cli.envs.host import NoJournal
 from mrlm_cli.errors import CheckpointError, RecipeError
 from mrlm_cli.recipe import compose
 from mrlm_cli.recipe.derived import derive
@@ -152,7 +153,7 @@ def test_a_frozen_agent_is_the_policy_as_it_started_and_never_moves(tmp_path: Pa
             made.load(checkpoint.parent)
     model = tiny(model={"type": "pretrained", "path": str(checkpoint)}).model
     evaluated = settled(recipe.model_copy(update={"model": model}))
-    quiet: Any = {"journal": None, "check": lambda: None, "phase": lambda *_: None, "values": False}
+    quiet: Any = {"journal": NoJournal(), "check": lambda: None, "phase": lambda *_: None, "values": False}
     with Stage(evaluated, (), start=recipe.model, **quiet) as stage:
         assert same(weights(stage.frozen["second"].lm), start)
         assert not same(weights(stage.policy.lm), start)
