@@ -69,7 +69,9 @@ def as_user(command: list[str], folder: Path) -> subprocess.CompletedProcess[str
 def outcomes(folder: Path, *options: str) -> dict[str, str]:
     """test -> "passed" or why it was skipped; whatever else came of one fails here."""
     report = folder / "report.xml"
-    command = [python(folder), "-s", "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *options]
+    # Not in pytest's usual place, which a user of another number, of an earlier run, may own.
+    own = [f"--junitxml={report}", f"--basetemp={folder / 'made'}"]
+    command = [python(folder), "-s", "-m", "pytest", "-p", "no:cacheprovider", *own, *options]
     done = as_user([*command, "tests/test_sandbox.py"], folder)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     found = {}
