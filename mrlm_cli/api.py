@@ -321,7 +321,7 @@ def _run(
                 newest = checkpoint.newest_whole(run.checkpoints, announce.warned)
                 if newest is not None:
                     trainer.load(newest)
-                elif broken := [path for path in checkpoints.below(run.checkpoints) if checkpoints.step_of(path) > 0]:
+                elif broken := checkpoints.trained(run.checkpoints):
                     # Going on from step 0 would throw the run's records away for what may be a passing fault.
                     raise CheckpointError(
                         f"{run.path}: none of its checkpoints is whole ({broken[0].name} is the newest); "

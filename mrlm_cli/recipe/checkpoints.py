@@ -67,6 +67,11 @@ def below(parent: Path) -> list[Path]:
     return sorted(there, key=lambda path: (-step_of(path), path.name))
 
 
+def trained(parent: Path) -> list[Path]:
+    """Those `below` that hold a step done, so that losing them loses training."""
+    return [path for path in below(parent) if step_of(path) > 0]
+
+
 def sha256(path: Path) -> str:
     """Of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:

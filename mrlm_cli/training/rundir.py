@@ -326,7 +326,7 @@ def untrained(path: Path) -> bool:
     """Whether a run lies there in which no step was done: to begin it again loses nothing."""
     if not _is_run(path) or (path / "metrics.jsonl").stat().st_size > 0:
         return False
-    return all(checkpoints.step_of(one) == 0 for one in checkpoints.below(path / "checkpoints"))
+    return not checkpoints.trained(path / "checkpoints")
 
 
 def latest_run(root: Path = Path("runs")) -> Path:
