@@ -284,12 +284,13 @@ class CISPO(Group):
 class RLOO(Group):
     """REINFORCE leave-one-out: each episode against the mean of its siblings, as one action each.
 
-    Ahmadian et al. 2024, "Back to Basics: Revisiting REINFORCE-Style Optimization for Learning from Human Feedback in
-    LLMs", the RLOO estimator: A_i = s_i − Σ_{j≠i} s_j / (k − 1) for k episodes of a task. The score s holds −β·Σ k1
-    *before* the baseline, as in the paper and in TRL, so that a sibling's KL is in the baseline too; verl puts a KL
-    into the loss unless told otherwise. The paper takes one step on fresh samples, where the ratio is 1; for more steps
-    the ratio of whole episodes is clipped, as in TRL. An episode's log-prob is a sum, never divided by its length. Left
-    out: nothing.
+    Ahmadian et al. 2024, "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in
+    LLMs" (arXiv 2402.14740v2): the gradient of Eq. 6 less a baseline (Eq. 7), here that of Section 2.3, which has no
+    number there and is due to Kool et al. 2019: A_i = s_i − Σ_{j≠i} s_j / (k − 1) for k episodes of a task. The score s
+    holds −β·Σ k1 (Eq. 3) *before* the baseline, as in the paper and in TRL, so that a sibling's KL is in the baseline
+    too; verl puts a KL into the loss unless told otherwise. The paper's gradient has no ratio; on fresh samples ours is
+    1, and for more steps the ratio of whole episodes is clipped, as in TRL. An episode's log-prob is a sum, never
+    divided by its length. Left out: nothing.
     """
 
     Config = variant(
@@ -305,9 +306,11 @@ class RLOO(Group):
 class ReinforcePlusPlus(Group):
     """REINFORCE++: no baseline, the KL still to come off each token, advantages whitened over the whole step.
 
-    Hu et al. 2025, "REINFORCE++: Stabilizing Critic-Free Policy Optimization with Global Normalization": A_t = r − β
-    Σ_{i≥t} k1_i, normalised by mean and deviation of all tokens of the batch, PPO's clip. Left out: the clipping of
-    rewards in the authors' code.
+    Hu et al. 2025, "REINFORCE++: Stabilizing Critic-Free Policy Optimization with Global Normalization" (arXiv
+    2501.03262v9): A_t = r − β Σ_{i≥t} k1_i (Eq. 4), normalised by mean and deviation over the batch (Eq. 5), here of
+    all its chosen tokens; PPO's objective (Eq. 1), but every token of the step alike, as in the authors' code, where
+    the equation averages each episode over its own length first (`aggregation: sequence`). Left out: the clipping of
+    rewards in that code.
     """
 
     Config = variant(
@@ -318,8 +321,8 @@ class ReinforcePlusPlus(Group):
 class ReinforcePlusPlusBaseline(Group):
     """REINFORCE++ with baseline: the group mean is subtracted, then advantages are whitened over the whole step.
 
-    Hu et al. 2025, as above, "REINFORCE++ w/ Baseline": k2 in the loss instead of k1 in the reward, since its gradient
-    is that of the KL. The deviation is that of the differences, over all tokens. Left out: nothing.
+    Hu et al. 2025, as above, "REINFORCE++ w/ Baseline", Eq. 6 to 8: k2 in the loss instead of k1 in the reward, since
+    its gradient is that of the KL. The deviation is that of the differences, over all tokens. Left out: nothing.
     """
 
     Config = variant(
