@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from mrlm_cli import api
+from mrlm_cli import api, registry
 from mrlm_cli.cli.app import main
 from mrlm_cli.data.load import of
 from mrlm_cli.errors import UserError
 from mrlm_cli.events import Wanted
 from mrlm_cli.recipe.compose import dump
-from mrlm_cli.records import Episode, Message
+from mrlm_cli.records import Episode, Message, Span, Transcript
 from mrlm_cli.training.collect import demonstrations, pairs
 from mrlm_cli.training.rollout import Draw
 from tests.data_helpers import chats
@@ -130,6 +130,54 @@ def test_a_runs_pairs_are_verified_and_go_into_a_recipe(tmp_path: Path) -> None:
         environment.declared = lambda config: {"match": 1.0}  # type: ignore[method-assign]
     with pytest.raises(UserError, match="no reward component exact"):
         pairs(episodes, environments)
+
+
+Answer = tuple[str, float, float | None, int]  # text, exact, format (if the environment has that), tokens
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([("012", 1, None, 3), ("0*2", 0, None, 3), ("0123", 0, None, 4), ("01234", 0, None, 5)], ("012", "0123")),
+        ([("It is 12.", 1, None, 5), ("12", 0, None, 5), ("It may be 9.", 0, None, 9)], ("It is 12.", "It may be 9.")),
+        ([("12", 1, 1, 3), ("13", 0, 0, 3), ("so 13", 0, 1, 9)], ("12", "so 13")),
+        ([("12", 1, None, 3), ("so: 12", 1, None, 6), ("so 9", 0, None, 6), ("none", 0, None, 9)], ("so: 12", "so 9")),
+        ([("7 ", 1, None, 2), (" 1234", 0, None, 7), ("8x", 0, None, 2)], ("7 ", " 1234")),
+    ],
+)
+def test_the_sides_of_a_pair_are_alike_in_form_and_then_in_length(
+    answers: list[Answer], expected: tuple[str, str]
+) -> None:
+    environment = registry.resolve("environments", "sort_digits")
+    environment = environment(environment.Config(type="sort_digits"))
+    task = environment.task("train", 0)
+
+    def episode(sample: int, text: str, exact: float, form: float | None, tokens: int) -> Episode:
+        view = (Message("user", "?"), Message("assistant", text))
+        paid = [("policy", 0, "exact", exact)] + ([] if form is None else [("policy", 0, "format", form)])
+        transcript = Transcript(task, sample, {"policy": view}, tuple(paid), {}, "done")
+        spans = (Span(0, 1, "prompt", 0, 0), Span(1, 1 + tokens, "chosen", 0, 0))
+        zeros = (0.0,) * (1 + tokens)
+        return Episode(
+            id=str(sample),
+            session=str(sample),
+            task=task,
+            group=task.id,
+            sample=sample,
+            agent="policy",
+            tokens=(0,) * (1 + tokens),
+            spans=spans,
+            logprobs=zeros,
+            rewards=zeros,
+            transcript=transcript,
+            stop="done",
+            ended=True,
+        )
+
+    episodes = [episode(sample, *answer) for sample, answer in enumerate(answers)]
+    for order in (episodes, episodes[::-1]):
+        (row,) = pairs(order, {"sort_digits": environment}).rows
+        assert (row["chosen"][0]["content"], row["rejected"][0]["content"]) == expected
 
 
 def test_a_models_answers_are_collected_with_its_own_recipe_or_another_environment(

@@ -122,12 +122,16 @@ def test_a_bad_row_is_an_error_with_its_place_or_counted(
     ((counted, places),) = found.left_out.items()
     assert counted.partition(":")[0] in reason or reason in counted or counted in reason or "message" in counted
     assert places == (f"{path}{place}",)
-    assert f"1 rows left out, {counted}: {path}{place}" in "".join(found.notes())
+    assert f"1 row left out, {counted}: {path}{place}" in "".join(found.notes())
 
 
 def test_many_bad_rows_are_told_in_one_message(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"x.jsonl:5: [^\n]*\nand 3 more bad rows\nmend them"):
+    with pytest.raises(UserError, match=r"x.jsonl:5: [^\n]*\nand 3 more bad rows\nmend them, say in data.columns how "):
         load(jsonl(tmp_path / "x.jsonl", [{}] * 8))
+    with pytest.raises(UserError, match=r"and 3 more bad rows\nmend them, or leave them out with"):
+        load(jsonl(tmp_path / "y.jsonl", [{"messages": []}, *[{}] * 7]))
+    with pytest.raises(UserError, match=r"no assistant turn\nmend it, or leave it out with data.bad_rows=exclude$"):
+        load(jsonl(tmp_path / "z.jsonl", [{"messages": []}]))
 
 
 @pytest.mark.parametrize(("kind", "text"), [("jsonl", ""), ("jsonl", "\n\n"), ("json", ""), ("json", "[]")])

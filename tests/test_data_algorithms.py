@@ -281,6 +281,18 @@ def test_online_dpo_ranks_the_episodes_of_a_task_by_their_reward(tmp_path: Path)
     assert row["tied_rate"] == pytest.approx(1 - len(paired) / 6)
 
 
+def test_online_dpos_gradient_depends_on_no_micro_batch(tmp_path: Path) -> None:
+    sampling = {"tasks_per_step": 6, "episodes_per_task": 3, "max_new_tokens": 5}
+    with trainer(tmp_path / "run", tiny(algorithm={"type": "dpo"}, sampling=sampling)) as made:
+        batch = credited(made)
+        made.policy.to(torch.float64)
+        assert float(batch.mass.sum()) > 1, "the test needs pairs"
+        whole = gradient(made, batch, 10**6)
+        assert float(whole.norm()) > 1e-3
+        assert distance(gradient(made, batch, 1), whole) < 1e-10
+        assert distance(gradient(made, batch, 70), whole) < 1e-10
+
+
 def test_answers_to_different_prompts_are_no_pair(tmp_path: Path) -> None:
     """An environment may ask one task in several ways; a preference is between two answers to one question."""
     sampling = {"tasks_per_step": 6, "episodes_per_task": 4, "max_new_tokens": 5}

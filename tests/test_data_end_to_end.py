@@ -132,7 +132,7 @@ def test_a_dry_run_reads_the_rows_and_tells_of_bad_ones(capsys: pytest.CaptureFi
     overrides = ["data.bad_rows=exclude", "data.validation_share=0.2"]
     assert main(["train", "r.yaml", "--dry-run", *overrides]) == 0
     out = capsys.readouterr().out
-    assert "data: 1 rows left out, column messages is missing: " in out
+    assert "data: 1 row left out, column messages is missing: " in out
     assert "rows.jsonl:31" in out
     assert "rows of data (" in out
 

@@ -206,6 +206,7 @@ RUNS: dict[str, dict[str, Any]] = {
     **{name: {"type": name, **EXTRA.get(name, {})} for name in VARIANTS},
     "rloo, moving reference": {"type": "rloo", "kl": {"coef": 0.1, "sync": MOVING}},
     "ppo, moving reference": {"type": "ppo", "kl": {"coef": 0.1, "sync": {"every": 3}}},
+    "dpo, online": {"type": "dpo"},
 }
 
 

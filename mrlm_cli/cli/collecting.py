@@ -38,7 +38,10 @@ def collect(
         int | None, typer.Option("--samples", help="Episodes of each; by default 1, with --pairs 8.", min=1)
     ] = None,
     pairs: Annotated[
-        bool, typer.Option("--pairs", help="Pairs of a verified right and a verified wrong answer.")
+        bool,
+        typer.Option(
+            "--pairs", help="Pairs of a verified right and a verified wrong answer, alike in form and length."
+        ),
     ] = False,
     least: Annotated[
         float | None, typer.Option("--min-reward", help="Only episodes that earned so much.", show_default=False)

@@ -35,7 +35,7 @@ class Loaded:
     def notes(self) -> Iterator[str]:
         """A sentence for each reason for which rows were left out."""
         for reason, places in self.left_out.items():
-            yield f"data: {len(places)} rows left out, {reason}: {_some(places)}"
+            yield f"data: {len(places)} {'row' if len(places) == 1 else 'rows'} left out, {reason}: {_some(places)}"
 
 
 def of(settings: DataSettings, folders: Sequence[Path]) -> Loaded:
@@ -81,7 +81,10 @@ def _groups(dataset: Dataset, split: Split, left_out: dict[str, list[str]]) -> l
     if dataset.config.bad_rows == "error" and bad:
         lines = [f"{row.place}: {error}" for row, error in bad[:_SHOWN]]
         more = [f"and {len(bad) - _SHOWN} more bad rows"] if len(bad) > _SHOWN else []
-        hint = "mend them, or leave them out with data.bad_rows=exclude"
+        each = "it" if len(bad) == 1 else "them"
+        missing = all(error.reason.startswith("column ") and "missing" in error.reason for _, error in bad)
+        named = "say in data.columns how they are called, " if missing else ""
+        hint = f"mend {each}, {named}or leave {each} out with data.bad_rows=exclude"
         raise UserError("\n".join([*lines, *more, hint]))
     for row, why in bad:
         left_out.setdefault(why.reason, []).append(row.place)

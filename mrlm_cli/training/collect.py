@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -23,6 +24,8 @@ from mrlm_cli.training.source import held_out
 from mrlm_cli.training.stage import Stage, settled
 
 EXACT = "exact"  # the component by which an answer is verified
+FORMAT = "format"  # the component, where there is one, that tells a well-formed answer
+_ALIKE = ((re.compile(r"[^\W\d_]+(?:[ \t]+[^\W\d_]+)*"), "a"), (re.compile(r"\d+"), "0"), (re.compile(r"\s+"), " "))
 _CUT = "were cut"  # in why an episode or a task gives no row
 
 
@@ -103,8 +106,10 @@ def demonstrations(episodes: Sequence[Episode], component: str | None, least: fl
 def pairs(episodes: Sequence[Episode], environments: Mapping[str, Environment]) -> Collected:
     """A row of form pairs of every task with an exactly right and a wrong answer among its episodes.
 
-    Of all right and wrong answers the two are taken whose replies are of the most equal length; replies that a limit
-    cut are in no pair, so that both sides end as an answer should. Raises UserError where nothing verifies answers.
+    Of all right and wrong answers the two are taken that differ least in what is no matter of right and wrong: as well
+    formed as each other where the environment says so, then of the same shape, then of the most equal length. Replies
+    that a limit cut are in no pair, so that both sides end as an answer should. Raises UserError where nothing verifies
+    answers.
     """
     for label, environment in environments.items():
         if EXACT not in environment.declared(environment.config):
@@ -123,7 +128,7 @@ def pairs(episodes: Sequence[Episode], environments: Mapping[str, Environment]) 
             reason = f"all replies {_CUT}" if not fit else "no answer is right" if not right else "no answer is wrong"
             left_out[f"tasks of which {reason}"] += 1
             continue
-        best, worst = min(candidates, key=lambda two: abs(_length(two[0]) - _length(two[1])))
+        best, worst = min(candidates, key=lambda two: _unlike(*two))
         given = len(_prompt(best))
         rows.append(
             {
@@ -155,6 +160,23 @@ def _view(one: Episode) -> tuple[Message, ...]:
 def _prompt(one: Episode) -> tuple[Message, ...]:
     view = _view(one)
     return view[: next(place for place, message in enumerate(view) if message.role == "assistant")]
+
+
+def _unlike(one: Episode, other: Episode) -> tuple[bool, bool, int]:
+    """How far two answers are from being comparable; smaller is nearer."""
+    formed, wanted = (component_sums(each).get(FORMAT) for each in (one, other))
+    return formed != wanted, _shape(one) != _shape(other), abs(_length(one) - _length(other))
+
+
+def _shape(one: Episode) -> list[tuple[str, str, int]]:
+    """What was said and answered, its words drawn together to one `a` and its digits to one `0`, calls counted."""
+    found = []
+    for message in _view(one)[len(_prompt(one)) :]:
+        text = message.content.strip()
+        for pattern, sign in _ALIKE:
+            text = pattern.sub(sign, text)
+        found.append((message.role, text, len(message.tool_calls)))
+    return found
 
 
 def _length(one: Episode) -> int:
