@@ -142,6 +142,20 @@ def test_no_weights_and_no_requests():
         assert engine.generate([]) == []
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("make", [cached, reference])
+def test_a_released_engine_needs_weights_and_then_is_as_before(make, family, precision):
+    module = tiny(family)
+    engine, asked = make(module, precision), ragged(1.0)
+    done = engine.generate(asked)
+    engine.release()
+    with pytest.raises(EngineError, match="load a policy"):
+        engine.generate(asked)
+    engine.load(module)
+    assert engine.generate(asked) == done
+
+
 def test_freed_rows_leave_the_others_whole():
     module = tiny()
     engine = cached(module, slots=4)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mrlm_cli.kernels import llama
-from mrlm_cli.kernels.functions import Linear, NormLinear, SwiGLU, gather, spread
+from mrlm_cli.kernels import llama, parameters
+from mrlm_cli.kernels.functions import Linear, NormLinear, SwiGLULinear, gather, spread
 from mrlm_cli.kernels.llama import Rotate, Trunk
 from mrlm_cli.kernels.low_rank import Matrix
 from mrlm_cli.kernels.packing import pack
@@ -113,6 +113,35 @@ def test_weights_converted_once_change_no_bit_and_are_not_remembered(precision):
     assert not torch.equal(moved[0], plain[0])
 
 
+def accumulated(made, parts, **how):
+    """`.grad` by name after a backward pass of each part."""
+    made.zero_grad()
+    with made.steady(**how):
+        for tokens, lengths, score in parts:
+            out = made(tokens, lengths, score, temperature=0.7)
+            weight = torch.arange(tokens.numel()).view(tokens.shape) / 50
+            (weight * (out.logprobs + out.entropy + out.values)).sum().backward()
+    return {name: None if each.grad is None else each.grad.clone() for name, each in made.named_parameters()}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # with one table for words and head, and with two
+def test_gradients_added_where_they_arise_are_those_of_autograd(family, precision, monkeypatch):
+    monkeypatch.setattr(parameters, "_ROWS", 5)  # several blocks, the last one short
+    made = policy(family, precision=precision)
+    made.lm.get_output_embeddings().weight.requires_grad_(True)
+    frozen = made.lm.base_model.layers[1].mlp.down_proj.weight.requires_grad_(False)
+    parts = [batch(seed) for seed in (1, 2, 3)]
+    expected, found = accumulated(made, parts), accumulated(made, parts, adds=True)
+    assert frozen.grad is None
+    assert sum(each is not None for each in found.values()) > 20
+    for name, each in expected.items():
+        if each is None:
+            assert found[name] is None
+        else:  # sums of three in another order
+            torch.testing.assert_close(found[name], each, rtol=1e-5, atol=1e-6 * each.abs().max().item())
+
+
 @pytest.mark.parametrize("written_out", [llama.WRITTEN_OUT, 0])
 def test_a_row_knows_nothing_of_its_neighbours(written_out, monkeypatch):
     """Whatever else is in the batch, shared beginnings included, a row's results are its own."""
@@ -179,7 +208,7 @@ def test_finite_differences(bias):
     given = (drawn(5, 6), drawn(6), drawn(4, 6), drawn(4) if bias else None, 1e-5)
     assert torch.autograd.gradcheck(NormLinear.apply, given)
     assert torch.autograd.gradcheck(Linear.apply, (drawn(5, 6), drawn(4, 6)))
-    assert torch.autograd.gradcheck(SwiGLU.apply, (drawn(5, 8),))
+    assert torch.autograd.gradcheck(SwiGLULinear.apply, (drawn(5, 8), drawn(3, 4)))
     angles = torch.randn(5, 2, dtype=torch.float64, generator=generator)
     assert torch.autograd.gradcheck(lambda x: Rotate.apply(x, angles.cos(), angles.sin()), (drawn(5, 3, 4),))
 

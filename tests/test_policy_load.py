@@ -214,6 +214,24 @@ def test_the_reference_is_a_frozen_copy(saved):
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
+def test_a_reference_in_bfloat16_keeps_its_matrices_so_and_computes_the_same_bits(saved):
+    policy, _ = build(at(saved[0] / "policy"), precision="bfloat16")
+    matrix = "model.layers.0.mlp.down_proj.weight"
+    frozen, moving = load.reference(policy), load.reference(policy, moves=True)
+    assert {each.dtype for each in moving.parameters()} == {torch.float32}
+    assert dict(frozen.lm.named_parameters())[matrix].dtype == torch.bfloat16
+    assert {each.dtype for each in frozen.parameters() if each.ndim < 2} == {torch.float32}
+    assert dict(policy.lm.named_parameters())[matrix].dtype == torch.float32
+    tokens = torch.arange(2, 18).view(2, 8)
+    score = torch.ones(2, 8, dtype=torch.bool)
+    score[:, 0] = False
+    given = (tokens, torch.tensor([8, 6]), score & (torch.arange(8) < torch.tensor([[8], [6]])))
+    with torch.no_grad():
+        rows = [each(*given, temperature=1.0, values=False).logprobs for each in (policy, frozen, moving)]
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])
+
+
 def test_dropout_is_off_wherever_the_configuration_asked_for_it(tmp_path):
     config = GPT2Config(vocab_size=59, n_embd=16, n_layer=1, n_head=2, n_positions=32, eos_token_id=1, bos_token_id=1)
     assert config.resid_pdrop == config.attn_pdrop == config.embd_pdrop == 0.1

@@ -32,3 +32,9 @@ class Engine(Protocol):
 
     def free(self, conversations: Iterable[str]) -> None:
         """Forget what is cached for these conversations; unknown names are ignored."""
+
+    def release(self) -> None:
+        """Give up copies of weights and every cache until the next `load`, which comes before the next `generate`.
+
+        Called before an update, which needs the memory.
+        """

@@ -58,6 +58,11 @@ class GenerateEngine:
         for name in conversations:
             self._held.pop(name, None)
 
+    def release(self) -> None:
+        """Give up the copy of the weights and every conversation until the next load."""
+        self._held.clear()
+        self._weights.release()
+
     def _complete(self, module: Any, draft: Draft) -> Draft:
         import torch
         from transformers import GenerationConfig

@@ -41,6 +41,10 @@ class Weights:
             self._module = copy.deepcopy(module, memo)
         self._source = module
 
+    def release(self) -> None:
+        """Have no module until the next load; a copy is given up."""
+        self._module = None
+
     @property
     def module(self) -> torch.nn.Module:
         """The module to decode with. Raises EngineError before the first load."""

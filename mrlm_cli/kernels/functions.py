@@ -7,9 +7,6 @@ with weight matrices, and what lies between two of them in the MLP, are in c.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,60 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from mrlm_cli.kernels.packing import Packing
 from mrlm_cli.kernels.products import input_gradient, linear, weight_gradient
-
-_steady: ContextVar[dict[tuple[Any, ...], tuple[Tensor, tuple[Tensor, ...]]] | None] = ContextVar(
-    "steady", default=None
-)
-
-
-@contextmanager
-def steady() -> Iterator[None]:
-    """Inside, the caller changes no parameter: `fused` makes each matrix once instead of for every micro-batch.
-
-    What is made is let go at the end.
-    """
-    token = _steady.set({})
-    try:
-        yield
-    finally:
-        _steady.reset(token)
-
-
-def fused(dtype: torch.dtype, *parts: Tensor) -> Tensor:
-    """Matrices [O_i, I] of one width -> one matrix [ΣO_i, I] in another type; gradients go back in their own types."""
-    if len(parts) == 1 and parts[0].dtype == dtype:
-        return parts[0]
-    steadily, key = _steady.get(), (dtype, *map(id, parts))
-    held = {} if steadily is None else steadily
-    if key not in held:
-        held[key] = _joined(dtype, parts), parts  # parts that live cannot lend their id to others
-    return Fuse.apply(held[key][0], *parts)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
-
-
-@torch.no_grad()
-def _joined(dtype: torch.dtype, parts: tuple[Tensor, ...]) -> Tensor:
-    joined = parts[0].new_empty((sum(len(part) for part in parts), *parts[0].shape[1:]), dtype=dtype)
-    for piece, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
-        piece.copy_(part)
-    return joined
-
-
-class Fuse(torch.autograd.Function):
-    """`joined`, which holds the values of `parts` on top of one another, with gradients for the parts."""
-
-    @staticmethod
-    def forward(ctx: Any, joined: Tensor, *parts: Tensor) -> Tensor:
-        ctx.parts = [(len(part), part.dtype) for part in parts]
-        return joined.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        pieces = gradient.split([count for count, _ in ctx.parts])
-        return None, *(
-            piece.to(dtype) if needed else None
-            for piece, (_, dtype), needed in zip(pieces, ctx.parts, ctx.needs_input_grad[1:], strict=True)
-        )
 
 
 class Linear(torch.autograd.Function):
@@ -104,7 +47,7 @@ class NormLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         normed = (x * scale).mul_(gain).to(weight.dtype)
-        ctx.save_for_backward(x, gain, weight, scale, normed)
+        ctx.save_for_backward(x, gain, weight, scale)  # y is cheaper to make again than to keep
         return linear(normed, weight, bias), normed
 
     @staticmethod
@@ -112,43 +55,57 @@ class NormLinear(torch.autograd.Function):
     def backward(
         ctx: Any, gradient: Tensor | None, besides: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
-        x, gain, weight, scale, normed = ctx.saved_tensors
-        gradient = normed.new_zeros(len(x), len(weight)) if gradient is None else gradient.contiguous()
+        x, gain, weight, scale = ctx.saved_tensors
+        gradient = weight.new_zeros(len(x), len(weight)) if gradient is None else gradient.contiguous()
         of_normed = input_gradient(gradient, weight).to(x.dtype)
         if besides is not None:  # from what else was made of y
             of_normed = of_normed + besides
         unit = x * scale
+        of_weight = None
+        if ctx.needs_input_grad[2]:
+            of_weight = weight_gradient(gradient, (unit * gain).to(weight.dtype))
         of_gain = (of_normed * unit).sum(0)
         of_unit = of_normed.mul_(gain)
         of_x = of_unit.sub_(unit.mul_((of_unit * unit).mean(-1, keepdim=True))).mul_(scale)
         return (
             of_x,
             of_gain,
-            weight_gradient(gradient, normed) if ctx.needs_input_grad[2] else None,
+            of_weight,
             gradient.sum(0) if ctx.needs_input_grad[3] else None,
             None,
         )
 
 
-class SwiGLU(torch.autograd.Function):
-    """gate and up side by side [N,2I] -> silu(gate) · up [N,I]."""
+class SwiGLULinear(torch.autograd.Function):
+    """gate and up side by side [N,2I], weight [O,I], both in c -> (y weightᵀ [N,O], y [N,I]) for y = silu(gate) · up.
+
+    FFN_SwiGLU of Shazeer 2020, "GLU Variants Improve Transformer". Kept for the backward pass: gate and up alone.
+    """
 
     @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
+    def forward(ctx: Any, both: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(both, weight)
         gate, up = both.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate).mul_(up)
+        gated = torch.nn.functional.silu(gate).mul_(up)
+        return linear(gated, weight), gated
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (both,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor | None, besides: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        both, weight = ctx.saved_tensors
         gate, up = both.chunk(2, dim=-1)
+        gradient = weight.new_zeros(len(both), len(weight)) if gradient is None else gradient.contiguous()
+        of_gated = input_gradient(gradient, weight)
+        if besides is not None:  # from what else was made of y
+            of_gated = of_gated + besides
+        silu = torch.nn.functional.silu(gate)
         out = torch.empty_like(both)
         of_gate, of_up = out.chunk(2, dim=-1)
-        torch.mul(gradient, torch.nn.functional.silu(gate), out=of_up)
-        torch.ops.aten.silu_backward(gradient * up, gate, grad_input=of_gate)
-        return out
+        torch.mul(of_gated, silu, out=of_up)
+        of_weight = weight_gradient(gradient, silu.mul_(up)) if ctx.needs_input_grad[1] else None
+        torch.ops.aten.silu_backward(of_gated.mul_(up), gate, grad_input=of_gate)
+        return out, of_weight
 
 
 class Spread(torch.autograd.Function):

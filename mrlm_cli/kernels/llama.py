@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mrlm_cli.kernels.functions import Attention, Linear, NormLinear, Spread, SwiGLU, fused, rotate_
+from mrlm_cli.kernels.functions import Attention, Linear, NormLinear, Spread, SwiGLULinear, rotate_
 from mrlm_cli.kernels.low_rank import Matrix, adapted, matrix
 from mrlm_cli.kernels.packing import Packing
+from mrlm_cli.kernels.parameters import embedded, fused
 
 # Rows up to this long have their attention scores written out; longer ones take the fused kernel.
 WRITTEN_OUT = 384
@@ -35,6 +36,11 @@ class Layer:
     mlp_norm: nn.Parameter
     gate_up: tuple[Matrix, ...]
     down: Matrix
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """All that multiply."""
+        return (*self.qkv, self.out, *self.gate_up, self.down)
 
 
 class Trunk:
@@ -63,7 +69,7 @@ class Trunk:
         if getattr(config, "attention_dropout", 0.0):
             return None
         # Only the embedding, the rotary angles and the heads' norms are called as modules: others' hooks would not run.
-        if any(module._forward_hooks or module._forward_pre_hooks for module in model.layers.modules()):
+        if any(hooked(module) for module in model.layers.modules()):
             return None
         layers = [_layer(layer) for layer in model.layers]
         return None if None in layers else Trunk(model, [layer for layer in layers if layer is not None])
@@ -73,7 +79,7 @@ class Trunk:
 
         With `checkpointing` a layer's activations are made again in the backward pass.
         """
-        x = self.model.embed_tokens(packing.tokens)
+        x = self._embed(packing.tokens)
         angles = self.angles(x, packing.positions)
         for layer in self.layers:
             if checkpointing:
@@ -83,6 +89,13 @@ class Trunk:
             else:
                 x = self._forward(layer, x, angles, packing, dtype)
         return self.last_norm(x)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        table = self.model.embed_tokens
+        if type(table) is nn.Embedding and table.max_norm is None and table.padding_idx is None and not hooked(table):
+            return embedded(tokens, table.weight)
+        found: Tensor = table(tokens)
+        return found
 
     def last_norm(self, x: Tensor) -> Tensor:
         """x [N,H] -> the trunk's output [N,H], in x's own type throughout."""
@@ -113,7 +126,8 @@ class Trunk:
         projected = self.norm_heads(projected, layer)
         x = x + _product(self._attend(projected, angles, packing), layer.out, dtype)
         both = self._after_norm(x, layer.mlp_norm, layer.gate_up, None, dtype)
-        return x + _product(SwiGLU.apply(both), layer.down, dtype)
+        product, gated = SwiGLULinear.apply(both, fused(dtype, layer.down.weight))
+        return x + adapted(product, gated, (layer.down,))
 
     def _after_norm(
         self, x: Tensor, gain: Tensor, matrices: tuple[Matrix, ...], bias: Tensor | None, dtype: torch.dtype
@@ -141,7 +155,12 @@ class Trunk:
 
 def plain_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer and nothing else: no subclass, no hooks."""
-    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+    return type(module) is nn.Linear and not hooked(module)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether something else runs before or after a module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _product(x: Tensor, factor: Matrix, dtype: torch.dtype) -> Tensor:

@@ -81,6 +81,10 @@ class FrozenLinear:
         )
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self._laid_out else weight
 
+    def release(self) -> None:
+        """Give up the copy; `load` comes before the next product."""
+        self._weight, self._bias = self._parts[0].weight, None
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [N,I] in `dtype` -> [N,O]."""
         if self._laid_out:

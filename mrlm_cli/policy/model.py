@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mrlm_cli.formulas.logprobs import chunked_logprobs
-from mrlm_cli.kernels.functions import Linear, steady
+from mrlm_cli.kernels.functions import Linear
 from mrlm_cli.kernels.llama import plain_linear
+from mrlm_cli.kernels.parameters import fused, steady
 from mrlm_cli.policy.lora import Base
 from mrlm_cli.policy.trunk import States, run_trunk, scale_gradient
 from mrlm_cli.policy.value import Critic, ValueHead
@@ -98,9 +99,12 @@ class Policy(nn.Module):
             final_values = head(states.at(every, last))
         return PolicyOut(out_logprobs, out_entropy, out_values, final_values)
 
-    def steady(self) -> AbstractContextManager[None]:
-        """Inside, the caller changes no parameter: weights are converted once, not for every micro-batch."""
-        return steady()
+    def steady(self, *, adds: bool = False) -> AbstractContextManager[None]:
+        """Inside, the caller changes no parameter: weights are converted once, not for every micro-batch.
+
+        With `adds` a backward pass may add to the parameters' `.grad` itself, which saves copies of them.
+        """
+        return steady(adds=adds)
 
     @property
     def vocabulary(self) -> int:
@@ -114,8 +118,10 @@ class Policy(nn.Module):
         """
         embeddings = self.lm.get_output_embeddings()
         logits: Tensor
-        if self.precision == "float32" and plain_linear(embeddings) and embeddings.bias is None:
-            logits = Linear.apply(hidden, embeddings.weight)
+        if plain_linear(embeddings) and embeddings.bias is None:
+            narrow = torch.is_autocast_enabled(hidden.device.type)
+            dtype = torch.bfloat16 if narrow else embeddings.weight.dtype
+            logits = Linear.apply(hidden.to(dtype), fused(dtype, embeddings.weight))
         else:
             logits = embeddings(hidden)
         config = self.lm.config

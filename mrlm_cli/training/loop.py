@@ -100,6 +100,7 @@ def iteration(trainer: Trainer) -> list[Phase]:
         trainer.updater.refuse(Refused(why, []))
         sums.add("skipped_steps", recipe.optimizer.passes * recipe.optimizer.minibatches)
     else:
+        trainer.release_engine()
         if trainer.cached_reference is not None:
             batch = batch.replace(ref_logprobs=trainer.cached_reference.logprobs(batch, episodes))
         old_from = trainer.old_logprobs_from(episodes, progress)
@@ -124,7 +125,7 @@ def iteration(trainer: Trainer) -> list[Phase]:
             sums.update(credited)
             scored = time.perf_counter()
             sums.update(trainer.updater.update(batch, progress, measures_gap=needs.old and old_from != "scoring"))
-            trainer.refresh_engine()
+        trainer.refresh_engine()
     ended = time.perf_counter()
     trainer.step += 1
     if algorithm.needs.sync is not None:

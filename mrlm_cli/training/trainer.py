@@ -61,7 +61,7 @@ class Trainer:
             if self.algorithm.needs.reference
             else None
         )
-        self._reference_sha256 = load.fingerprint(self.reference) if self.reference is not None else None
+        self._reference_sha256 = load.fingerprint(self.policy) if self.reference is not None else None
         self._frozen_sha256 = {role: load.fingerprint(policy) for role, policy in stage.frozen.items()}
         self._rewards_sha256 = stage.scorers.fingerprints()
         self._judged = stage.rollout(bootstrap=False)
@@ -102,6 +102,11 @@ class Trainer:
         """Give the engine the policy's weights, where it is the engine that makes episodes."""
         if isinstance(self.source, RolloutSource):
             self.engine.load(self.policy.lm)
+
+    def release_engine(self) -> None:
+        """Have the engine give its memory to scoring and update; `refresh_engine` comes before the next rollout."""
+        if isinstance(self.source, RolloutSource):
+            self.engine.release()
 
     def old_logprobs_from(self, episodes: Sequence[Episode], progress: Progress) -> OldFrom:
         """The cheapest source of old log-probs that is exact enough for this iteration.

@@ -146,7 +146,7 @@ class Updater:
         needs = self._algorithm.needs
         sums = Sums()
         self._adam.zero()
-        with self._policy.steady():
+        with self._policy.steady(adds=True):
             for rows in micro_batches(batch, self._settings.tokens_per_micro_batch):
                 part = batch.rows(rows)
                 out = self._policy(

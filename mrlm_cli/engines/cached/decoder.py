@@ -35,6 +35,7 @@ class Decoder:
         self._precision = precision
         self._source: torch.nn.Module | None = None
         self._forward: Forward | None = None
+        self._loaded = False
         self._device = torch.device("cpu")
         self._cache: SlotCache | None = None
         self._layout: Layout = []
@@ -49,6 +50,7 @@ class Decoder:
             self._forward = LlamaForward.of(module, self._precision) or AnyForward(module, self._precision)
             self._source, self._cache = module, None
             self._device = next(module.parameters()).device
+        self._loaded = True
 
     def free(self, names: Iterable[str]) -> None:
         """Forget these conversations; unknown names are ignored."""
@@ -57,9 +59,16 @@ class Decoder:
             if gone is not None and gone.slot is not None:
                 self._layout[gone.slot] = None
 
+    def release(self) -> None:
+        """Forget every conversation and give up the memory of weights, keys and values until the next load."""
+        self.free(list(self._held))
+        self._layout, self._cache, self._loaded = [], None, False
+        if self._forward is not None:
+            self._forward.release()
+
     def generate(self, requests: Sequence[Request], decode: Callable[[Sequence[int]], str]) -> list[Completion]:
         """Completions in request order. After any exception nothing is held any more."""
-        if self._forward is None:
+        if self._forward is None or not self._loaded:
             raise EngineError("the engine has no weights yet: load a policy first")
         module = self._forward.module
         held = {name: row.tokens for name, row in self._held.items()}

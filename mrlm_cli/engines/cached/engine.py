@@ -60,3 +60,7 @@ class CachedEngine:
     def free(self, conversations: Iterable[str]) -> None:
         """Forget these conversations; unknown names are ignored."""
         self._decoder.free(conversations)
+
+    def release(self) -> None:
+        """Give up copies of weights, keys and values until the next load."""
+        self._decoder.release()

@@ -30,6 +30,9 @@ class Forward(Protocol):
     def refresh(self) -> None:
         """Take the present weights of the module that it was made for."""
 
+    def release(self) -> None:
+        """Give up whatever `refresh` makes anew."""
+
     def run(
         self,
         cache: SlotCache,
@@ -107,6 +110,10 @@ class AnyForward:
     def refresh(self) -> None:
         """Take the present weights."""
         self._weights.load(self._source)
+
+    def release(self) -> None:
+        """Give up the copy of the weights, if there is one."""
+        self._weights.release()
 
     def run(
         self,

@@ -56,6 +56,13 @@ class LlamaForward:
                 product.load()
         self._head.load()
 
+    def release(self) -> None:
+        """Give up the copies of the weights."""
+        for _, *products in self._layers:
+            for product in products:
+                product.release()
+        self._head.release()
+
     def run(
         self,
         cache: SlotCache,
