@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mrlm_cli import formulas
+from mrlm_cli import formulas, registry
 from mrlm_cli.algorithms.pairs import pairs
 from mrlm_cli.records import Batch, PolicyOut, Progress
 from mrlm_cli.training.collate import collate
@@ -21,6 +21,7 @@ from mrlm_cli.training.stopping import Stopper
 from mrlm_cli.training.trainer import Trainer
 from tests.data_helpers import chats, pair_row, two_turns
 from tests.kit import settings, tiny, trainer
+from tests.ppo_helpers import make_batch
 from tests.test_training_update import distance, gradient, padded
 
 START = Progress(0, 3)
@@ -156,6 +157,38 @@ def test_dpo_is_its_formula_over_pairs(tmp_path: Path, fields: dict[str, Any]) -
     assert means["pair_accuracy"] == pytest.approx(sum(margin > 0 for margin in margins) / 6)
     assert means["pair_margin"] == pytest.approx(fields.get("beta", 0.1) * math.fsum(margins) / 6)
     assert means["preferred_reward"] - means["other_reward"] == pytest.approx(means["pair_margin"])
+
+
+GOLDEN: list[tuple[dict[str, Any], float]] = [
+    ({"type": "dpo"}, 0.8715890213),
+    ({"type": "dpo", "loss": "hinge"}, 1.2808878048),
+    ({"type": "dpo", "loss": "ipo", "length_normalised": True}, 3.0985959478),
+    ({"type": "dpo", "length_normalised": True}, 0.8598896584),
+    ({"type": "dpo", "label_smoothing": 0.2}, 0.8154114603),
+    ({"type": "reward_model", "centre": 0.03}, 0.8937321694),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), GOLDEN, ids=str)
+def test_golden_numbers_of_another_implementation(fields: dict[str, Any], expected: float) -> None:
+    """Made by executing the loss lines of TRL 1.16's DPO and reward trainers on the same float64 inputs.
+
+    Its IPO always divides by the length; its smoothed labels are those of loss `aot` on pairs in their order, as its
+    `robust` is another loss.
+    """
+    i = torch.arange(12, dtype=torch.float64).reshape(4, 3)
+    mask = torch.nn.functional.pad(torch.arange(3) < torch.tensor([3, 2, 3, 1])[:, None], (1, 0))
+    wide = lambda x: torch.nn.functional.pad(x, (1, 0), value=5.0)  # noqa: E731
+    rewards = torch.tensor([1.0, 0, 0, 1])[:, None] * (torch.arange(4) == 1)
+    batch = make_batch(rows=4, width=4).replace(
+        mask=mask, rewards=rewards.double(), ref_logprobs=wide(-(1 + torch.cos(i))), unit=torch.tensor([0, 0, 1, 1])
+    )
+    owner = registry.resolve("algorithms", fields["type"])
+    algorithm = owner(owner.Config(**fields, **({"beta": 0.5} if fields["type"] == "dpo" else {})))
+    batch, _ = algorithm.credit(batch, START)
+    out = PolicyOut(wide(-(1 + torch.sin(i))), torch.zeros(()), None, torch.sin(2 * torch.arange(4).double()))
+    parts, _ = algorithm.loss(out, batch, START)
+    assert float(parts["mass"] / batch.mass.sum()) == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_reward_models_loss_is_its_formula(tmp_path: Path) -> None:

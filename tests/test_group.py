@@ -21,6 +21,8 @@ GOLDEN = {
     "gspo": (-0.0002474524, {}),
     "cispo": (0.5248191147, {}),
     "rloo": (-0.1346732550, {}),
+    "reinforce++": (0.0026063207, {}),
+    "reinforce++_baseline": (0.0220158089, {}),
 }
 
 
@@ -29,7 +31,7 @@ def test_golden_numbers_of_another_implementation(name):
     """Made by executing the advantage and loss lines of TRL 1.16's GRPO and RLOO trainers on the same float64 inputs.
 
     Its deviation of a group is rounded to float32, hence the tolerance. Its CISPO was given epsilon_high = 5, which is
-    1 + 4 here.
+    1 + 4 here. Those of REINFORCE++ are of verl 0.9.1's advantages, policy loss (token mean, no dual clip) and KL.
     """
     i = torch.arange(12, dtype=torch.float64).reshape(4, 3)
     mask = torch.nn.functional.pad(torch.arange(3) < torch.tensor([3, 2, 3, 1])[:, None], (1, 0))
