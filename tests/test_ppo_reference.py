@@ -159,7 +159,8 @@ def gradient(algorithm, batch, out, rows, progress=START):
         found, sums = algorithm.loss(parts, part, progress)
         total = total + found["mass"] / mass + found["tokens"] / tokens
         measured.update(sums)
-    return total, torch.autograd.grad(total, (out.logprobs, out.entropy, out.values)), measured.means()
+    gradients = torch.autograd.grad(total, (out.logprobs, out.entropy, out.values), materialize_grads=True)
+    return total, gradients, measured.means()
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -115,7 +115,8 @@ class Group:
         if config.importance is not None:
             per_token = per_token * config.importance.weights(batch, active)[0]
         policy_loss = (batch.weights * per_token).sum()
-        entropy = only(out.entropy).sum()
+        coefficient = config.entropy.at(progress)
+        entropy = only(out.entropy if coefficient else out.entropy.detach()).sum()
         total = policy_loss
         if config.kl.coef > 0 and config.kl.form not in BEFORE:
             assert batch.ref_logprobs is not None
@@ -134,7 +135,7 @@ class Group:
             outside = losses.clipped(log_ratios, log_ratios.new_zeros(log_ratios.shape), *config.clip)
             sums.add("clip_fraction", outside.sum(), tokens)
         sums.add("policy_moved", (logprobs - old_logprobs).abs().sum(), tokens)
-        return {"mass": total, "tokens": -config.entropy.at(progress) * entropy}, sums
+        return {"mass": total, "tokens": -coefficient * entropy}, sums
 
     def value_only(self, progress: Progress) -> bool:
         """False: there is no value function."""

@@ -189,7 +189,8 @@ class PPO:
         if config.importance is not None:
             surrogate = surrogate * config.importance.weights(batch, active)[0]
         policy_loss = (batch.weights * surrogate).sum()
-        entropy = only(out.entropy).sum()
+        coefficient = config.entropy.at(progress)
+        entropy = only(out.entropy if coefficient else out.entropy.detach()).sum()
         total = policy_loss
         if self._kl_coef > 0 and config.kl.form != "reward":
             assert batch.ref_logprobs is not None
@@ -205,7 +206,7 @@ class PPO:
         sums.add("policy_moved", (logprobs - old_logprobs).abs().sum(), tokens)
         return {
             "mass": total,
-            "tokens": config.value_coef * value_loss - config.entropy.at(progress) * entropy,
+            "tokens": config.value_coef * value_loss - coefficient * entropy,
         }, sums
 
     def value_only(self, progress: Progress) -> bool:

@@ -86,20 +86,25 @@ class _LogprobAndEntropy(torch.autograd.Function):
                 entropies[rows] = total.log() - weights.mul_(z).sum(-1) / total
         if not entropy:
             ctx.mark_non_differentiable(entropies)
+        ctx.set_materialize_grads(False)  # no gradient of the entropies is less work than one of zeros
         ctx.save_for_backward(logits, targets, log_total, entropies)
-        ctx.temperature, ctx.entropy = temperature, entropy
+        ctx.temperature = temperature
         return logprobs, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, logprob_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(
+        ctx: Any, logprob_gradient: Tensor | None, entropy_gradient: Tensor | None
+    ) -> tuple[Tensor, None, None, None]:
         logits, targets, log_total, entropies = ctx.saved_tensors
+        if logprob_gradient is None:
+            logprob_gradient = torch.zeros_like(log_total)
         gradient = torch.empty_like(logits)
         for rows in _blocks(logits):
             of_logprob = logprob_gradient[rows, None]
             log_p = _scaled(logits[rows], ctx.temperature, log_total.dtype).sub_(log_total[rows, None])
             p = log_p.exp()
-            if ctx.entropy:
+            if entropy_gradient is not None:
                 log_p.clamp_(min=torch.finfo(log_p.dtype).min)
                 slope = log_p.add_(entropies[rows, None]).mul_(-entropy_gradient[rows, None]).sub_(of_logprob)
             else:

@@ -4,8 +4,8 @@
     python -m tests.benchmarks.iteration --model models/smollm2-135m --precision bfloat16
 
 The work of an iteration: 32 episodes (or `--episodes`) of 32 prompt tokens and exactly 64 new tokens each (a sampled
-end token does not stop a row), entropy, KL against the starting policy and, in PPO, value loss on; PPO makes 4 passes
-over as many prompts in one minibatch, GRPO one pass over prompts sampled 4 times each. The
+end token does not stop a row), entropy, KL against the starting policy (unless `--kl 0`) and, in PPO, value loss on;
+PPO makes 4 passes over as many prompts in one minibatch, GRPO one pass over prompts sampled 4 times each. The
 first iteration warms up and is not counted; what is quoted is the median of the others. Times of one machine mean
 little: compare with a peer's in the same session. `share_of_peak` sets the useful operations of the update (forward
 and backward of products and attention, each distinct prefix once, no recomputation) against the fastest product of
@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--algorithm", default="ppo", choices=["ppo", "grpo"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--value", default="shared", choices=["shared", "separate"])
+    parser.add_argument("--kl", type=float, default=0.05, help="coefficient of the KL; with 0 there is no reference")
+    parser.add_argument("--entropy", type=float, default=0.01, help="coefficient of the entropy (measured anyway)")
     parser.add_argument("--episodes", type=int, default=32, help="a multiple of 4")
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--tokens-per-micro-batch", type=int, default=1024)
@@ -92,7 +94,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 max_tokens=PROMPT + NEW,
             ),
             algorithm=registry.resolve("algorithms", arguments.algorithm).Config(
-                type=arguments.algorithm, kl={"coef": 0.05}, entropy={"coef": 0.01}
+                type=arguments.algorithm, kl={"coef": arguments.kl}, entropy={"coef": arguments.entropy}
             ),
             optimizer=sections.Optimizer(
                 lr=1e-6, passes=passes, tokens_per_micro_batch=arguments.tokens_per_micro_batch
