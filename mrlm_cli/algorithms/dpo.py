@@ -1,12 +1,11 @@
 """Direct preference optimization: the policy itself is the reward model, pairs of answers the data.
 
 Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", Eq. 7; IPO: Azar
-et al. 2023, Eq. 17; hinge: Zhao et al. 2023, "SLiC-HF"; label smoothing: Mitchell 2023, not divided by 1 − 2ε as in
-TRL's `robust`, so that without noise it is a target of its own. On data, pairs are rows; on environments, the best and
-the worst of the episodes of a task, freshly sampled (Guo et al. 2024, "Direct Language Model Alignment from Online AI
-Feedback"). Left out: a term that keeps the likelihood of the preferred answer up, and weights of pairs. IPO's paper sums
-log-probabilities; its authors later divided by the length, as TRL always does: that is `length_normalised`, off unless
-asked for.
+et al. 2023, Eq. 17; hinge: Zhao et al. 2023, "SLiC-HF"; label smoothing: Mitchell 2023, not corrected for its bias as
+TRL's `robust` is. On data, pairs are rows; on environments, the best and the worst of the episodes of a task, freshly
+sampled (Guo et al. 2024, "Direct Language Model Alignment from Online AI Feedback"). Left out: a term that keeps the
+likelihood of the preferred answer up, and weights of pairs. IPO's paper sums log-probabilities; its authors later
+divided by the length, as TRL always does: that is `length_normalised`, off unless asked for.
 """
 
 from __future__ import annotations
