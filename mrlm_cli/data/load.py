@@ -35,7 +35,7 @@ class Loaded:
     def notes(self) -> Iterator[str]:
         """A sentence for each reason for which rows were left out."""
         for reason, places in self.left_out.items():
-            yield f"data: {len(places)} {'row' if len(places) == 1 else 'rows'} left out, {reason}: {_some(places)}"
+            yield f"data: {_told(reason, places)}"
 
 
 def of(settings: DataSettings, folders: Sequence[Path]) -> Loaded:
@@ -48,7 +48,7 @@ def load(dataset: Dataset) -> Loaded:
     left_out: dict[str, list[str]] = {}
     train = _groups(dataset, "train", left_out)
     if not train:
-        why = "; ".join(f"{reason}: {_some(places)}" for reason, places in left_out.items())
+        why = "; ".join(_told(reason, places) for reason, places in left_out.items())
         raise UserError(f"{dataset.called('train')} holds no usable row{f' ({why})' if why else ''}")
     held: dict[Split, list[Group]] = {}
     for split in dataset.apart:
@@ -138,5 +138,7 @@ def _canonical(group: Group) -> str:
     return json.dumps([[asdict(message) for message in each.views[AGENT]] for each in group])
 
 
-def _some(places: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(places[:_SHOWN]) + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
+def _told(reason: str, places: Sequence[str]) -> str:
+    more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+    rows = "row" if len(places) == 1 else "rows"
+    return f"{len(places)} {rows} left out, {reason}: {', '.join(places[:_SHOWN])}{more}"
