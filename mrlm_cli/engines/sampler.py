@@ -11,6 +11,9 @@ def sample(
     logits: torch.Tensor,  # [B, V], any float type
     temperature: torch.Tensor,  # [B] fp32; a row at 0 is greedy and its log-prob is that at temperature 1
     uniforms: torch.Tensor,  # [B, 2] float64 in [0, 1): block of the vocabulary, word in the block
+    *,
+    scaled: bool | None = None,
+    drawn: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B] int64 and their log-probs [B] fp32 under softmax(logits.float() / temperature).
 
@@ -18,32 +21,36 @@ def sample(
     word inside it (Devroye 1986, "Non-Uniform Random Variate Generation", III.2). Sums are float64 and scaled by their
     own total, and a word whose fp32 probability is zero is never picked. A row that holds NaN or +inf, or nothing
     above -inf, gets the log-prob NaN: the caller knows whose row it is and raises.
+
+    `scaled` and `drawn` say whether any temperature is not 1 and whether any is above 0, so that work is left out; True
+    is always right, to the bit. By default the temperatures are looked at, for which the host waits on the device.
     """
     assert logits.ndim == 2, logits.shape
     rows, words = logits.shape
     greedy = temperature == 0
-    scaled = logits.float()
-    if bool((temperature != 1).any()):
-        scaled = scaled / torch.where(greedy, torch.ones_like(temperature), temperature)[:, None]
-    highest, best = scaled.max(dim=-1)
+    scaled = bool((temperature != 1).any()) if scaled is None else scaled
+    drawn = not bool(greedy.all()) if drawn is None else drawn
+    divided = logits.float()
+    if scaled:
+        divided = divided / torch.where(greedy, torch.ones_like(temperature), temperature)[:, None]
+    highest, best = divided.max(dim=-1)
 
     size = math.isqrt(words - 1) + 1
     blocks = -(-words // size)
-    mass = scaled.new_zeros(rows, blocks * size)  # the tail of the last block stays at zero
-    torch.sub(scaled, highest[:, None], out=mass[:, :words]).exp_()
+    mass = divided.new_zeros(rows, blocks * size)  # the tail of the last block stays at zero
+    torch.sub(divided, highest[:, None], out=mass[:, :words]).exp_()
     mass = mass.view(rows, blocks, size)
     block_mass = mass.sum(dim=-1, dtype=torch.float64)  # [B, blocks]
     total = block_mass.sum(dim=-1)
 
-    if bool(greedy.all()):
-        tokens = best
-    else:
+    tokens = best
+    if drawn:
         block = _invert(block_mass, uniforms[:, 0])
         inside = mass[torch.arange(rows, device=mass.device), block].double()  # [B, size]
         tokens = block * size + _invert(inside, uniforms[:, 1])
         tokens = torch.where(greedy, best, tokens)
     tokens = tokens.clamp_(max=words - 1)  # a row of NaN picks nothing; its index must still be one
-    chosen = scaled.gather(1, tokens[:, None])[:, 0]
+    chosen = divided.gather(1, tokens[:, None])[:, 0]
     return tokens, ((chosen - highest).double() - total.log()).float()
 
 

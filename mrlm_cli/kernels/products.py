@@ -56,8 +56,9 @@ class FrozenLinear:
     """x [N,I] -> x weightᵀ + bias [N,O] in `dtype`, over a copy of the weights laid out once for the fastest product.
 
     `parts` are matrices [O_i, I] of one width, put on top of one another. `load` takes their present values, adapters
-    merged. Without oneDNN (another device, another type, or a small matrix) nothing is laid out, and a single part in
-    the right type without adapter is not even copied. Nothing here is differentiable.
+    merged. Without oneDNN (another device, another type, or a small matrix) nothing is laid out: a single part in the
+    right type without adapter is not even copied, and other copies stay in the memory of the first load. Nothing here
+    is differentiable.
     """
 
     def __init__(self, parts: Sequence[Matrix], biases: Sequence[Tensor], dtype: torch.dtype) -> None:
@@ -66,24 +67,37 @@ class FrozenLinear:
         self._dtype = dtype
         self._bias: Tensor | None = None
         self._weight: Tensor = parts[0].weight
+        self._copy: Tensor | None = None
 
     @torch.no_grad()
     def load(self) -> None:
         """Take the present values of the parts."""
-        parts = [part.merged().detach().to(self._dtype) for part in self._parts]
-        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self._bias = torch.cat([bias.detach().to(self._dtype) for bias in self._biases]) if self._biases else None
+        first = self._parts[0]
+        biases = [bias.detach() for bias in self._biases]
+        self._bias = _joined(self._bias, biases, self._dtype) if biases else None
+        shared = len(self._parts) == 1 and first.adapter is None and first.weight.dtype == self._dtype
+        weight = (
+            first.weight.detach()
+            if shared
+            else _joined(self._copy, [part.merged().detach() for part in self._parts], self._dtype)
+        )
         self._laid_out = (
             _ONEDNN is not None
             and weight.device.type == "cpu"
             and weight.dtype in (torch.float32, torch.bfloat16)
             and weight.numel() >= _WORTH_LAYING_OUT
         )
+        self._copy = None if shared or self._laid_out else weight
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self._laid_out else weight
 
     def release(self) -> None:
         """Give up the copy; `load` comes before the next product."""
-        self._weight, self._bias = self._parts[0].weight, None
+        self._weight, self._bias, self._copy = self._parts[0].weight, None, None
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """What a product reads besides x."""
+        return [self._weight] if self._bias is None else [self._weight, self._bias]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N,I] in `dtype` -> [N,O]."""
@@ -92,3 +106,12 @@ class FrozenLinear:
             product: Tensor = _ONEDNN(x, self._weight, self._bias, "none", [], "")
             return product
         return torch.nn.functional.linear(x, self._weight, self._bias)
+
+
+def _joined(memory: Tensor | None, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """`parts` on top of one another in `dtype`, written into `memory` if there is any."""
+    if memory is None:
+        memory = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=dtype)
+    for piece, part in zip(memory.split([len(part) for part in parts]), parts, strict=True):
+        piece.copy_(part)
+    return memory

@@ -17,7 +17,7 @@ from mrlm_cli.recipe.agents import AGENTS
 from mrlm_cli.recipe.problems import Problems, locate, near, sentence, shown, suggestion
 from mrlm_cli.recipe.reading import Mark, Node
 from mrlm_cli.recipe.schema import LISTS, MODELS, PLUGINS, Head, Recipe
-from mrlm_cli.recipe.sections import Sampling, Value
+from mrlm_cli.recipe.sections import Hardware, Sampling, Value
 from mrlm_cli.strict import EngineSettings, EnvironmentSettings, Strict
 
 VARIANTS: dict[str, Mapping[str, type[Strict]]] = {
@@ -43,6 +43,7 @@ def recipe(tree: Node, folders: Sequence[Path]) -> Recipe:
     problems.raise_if_any()
     _check_value(tree, parts, folders, problems)
     _check_turns(tree, parts, folders, problems)
+    _check_graphs(tree, parts, problems)
     problems.raise_if_any()
     if {"agents", "environments"} <= parts.keys():
         rewards = [reward.label for reward in parts.get("rewards", ())]
@@ -83,6 +84,13 @@ def _check_turns(tree: Node, parts: Mapping[str, Any], folders: Sequence[Path], 
                 given = getattr(settings, name)
                 text = f"got {given}, which takes {replies} replies; sampling.max_turns = {most} cuts them short"
                 problems.add(mapping(item).get(name, item).mark, f"environments.{index}.{name}", text)
+
+
+def _check_graphs(tree: Node, parts: Mapping[str, Any], problems: Problems) -> None:
+    """CUDA graphs are of CUDA. Where the device is `auto`, loading the engine finds out."""
+    if getattr(parts.get("engine"), "cuda_graphs", False) and parts.get("hardware", Hardware()).device == "cpu":
+        node = mapping(mapping(tree)["engine"])["cuda_graphs"]
+        problems.add(node.mark, "engine.cuda_graphs", "got true; expected false where hardware.device is cpu")
 
 
 def _check_steps(tree: Node, problems: Problems) -> None:

@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.decode --model models/smollm2-135m
     python -m tests.benchmarks.decode --model 3M --threads 1
+    python -m tests.benchmarks.decode --model models/smollm2-135m --device cuda --cuda-graphs
 
 Both sides have the same weights, precision, prompts (ragged, padded on the left for generate) and number of sampled
 tokens; a sampled end token stops no row on either side. Ours returns log-probs too. Two workloads:
@@ -44,9 +45,11 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="new tokens of a row at most")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--cuda-graphs", action="store_true", help="the engine replays its steps")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    lm = language_model(arguments.model, arguments.longest_prompt + arguments.new)
+    lm = language_model(arguments.model, arguments.longest_prompt + arguments.new).to(arguments.device)
     results = [
         measure(lm, workload, precision, arguments)
         for workload in arguments.workloads
@@ -69,7 +72,7 @@ def measure(lm: Any, workload: str, precision: str, arguments: argparse.Namespac
     lengths = [arguments.new] * rows if workload == "full" else ragged(rows, arguments.new, draws)
     works = {
         "theirs": theirs(copy.deepcopy(lm).to(PRECISIONS[precision]), prompts, lengths, arguments.batch),
-        "ours": ours(lm, prompts, lengths, arguments.batch, precision),
+        "ours": ours(lm, prompts, lengths, arguments.batch, precision, arguments.cuda_graphs),
     }
     taken = alternately(works, arguments.rounds)
     return {
@@ -90,11 +93,14 @@ def ragged(rows: int, limit: int, draws: random.Random) -> list[int]:
 
 
 def ours(
-    lm: Any, prompts: Sequence[tuple[int, ...]], lengths: Sequence[int], slots: int, precision: str
+    lm: Any, prompts: Sequence[tuple[int, ...]], lengths: Sequence[int], slots: int, precision: str, graphs: bool
 ) -> Callable[[], None]:
     """The engine's whole work after an update: take the weights, decode every row."""
     engine = CachedEngine(
-        CachedEngine.Config(slots=slots), decode=lambda tokens: "", precision=precision, check=lambda: None
+        CachedEngine.Config(slots=slots, cuda_graphs=graphs),
+        decode=lambda tokens: "",
+        precision=precision,
+        check=lambda: None,
     )
     requests = [
         Request(str(number), prompt, draw_key(0, "benchmark", number), Limits(length, 1.0, (), ignore_end=True))
@@ -118,13 +124,13 @@ def theirs(lm: Any, prompts: Sequence[tuple[int, ...]], lengths: Sequence[int], 
         for first in range(0, len(prompts), batch):
             part = prompts[first : first + batch]
             longest = max(map(len, part))
-            tokens = torch.tensor([[0] * (longest - len(each)) + list(each) for each in part])
-            mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in part])
+            tokens = torch.tensor([[0] * (longest - len(each)) + list(each) for each in part], device=lm.device)
+            mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in part], device=lm.device)
             new = max(lengths[first : first + batch])
             out = lm.generate(
                 input_ids=tokens, attention_mask=mask, max_new_tokens=new, do_sample=True, temperature=1.0, top_k=0
             )
-            assert out.shape == (len(part), longest + new)
+            assert out.cpu().shape == (len(part), longest + new)  # the tokens themselves, as the engine returns them
 
     return work
 

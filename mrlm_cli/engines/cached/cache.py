@@ -64,6 +64,11 @@ class SlotCache(Cache):
         """0: rows differ in length, so positions and masks are always given explicitly."""
         return 0
 
+    @property
+    def memory(self) -> list[torch.Tensor]:
+        """Every pool, once layers have written."""
+        return [pool for pools in self._pools for pool in pools]
+
     def copy(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """targets[i] gets the first `length` positions that sources[i] had before the call."""
         if not sources or not self._pools:

@@ -9,16 +9,20 @@ from typing import Any
 import torch
 
 from mrlm_cli.engines.cached.cache import SlotCache
-from mrlm_cli.engines.cached.forward import AnyForward, Forward, extend, rounded
+from mrlm_cli.engines.cached.forward import AnyForward, Forward, extend
+from mrlm_cli.engines.cached.graphs import Capture, Graphs
 from mrlm_cli.engines.cached.llama import LlamaForward
+from mrlm_cli.engines.cached.sizes import Sizes
 from mrlm_cli.engines.cached.slots import Conversation, Layout, arranged
+from mrlm_cli.engines.cached.steps import step, taken
 from mrlm_cli.engines.drafts import Draft, check_requests
 from mrlm_cli.engines.sampler import sample
 from mrlm_cli.engines.weights import decoding
-from mrlm_cli.errors import EngineError
+from mrlm_cli.errors import EngineError, UserError
 from mrlm_cli.records import Completion, Request
 
-PREFILL_TOKENS = 512  # padded tokens of one prefill forward, which suits the cache; a longer prompt makes its own
+PREFILL_TOKENS = 512  # padded tokens of one prefill forward, which suits a CPU's cache; a longer prompt makes its own
+PREFILL_TOKENS_ELSEWHERE = 4096  # enough work for a GPU to outlast the launching of it
 TURNOVER = 8  # rows are retired and refilled when at least one in this many has ended
 
 
@@ -26,9 +30,18 @@ class Decoder:
     """Conversations with their keys and values, and the loop that extends them.
 
     Every choice follows from weights, settings and the calls since the last load, never from a clock.
+    With `capture`, which begins a family of captures, decode steps are captured and replayed; then few shapes occur,
+    and the cache is made anew only for a call that it is too small for.
     """
 
-    def __init__(self, slots: int, cached_tokens: int, precision: str, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        slots: int,
+        cached_tokens: int,
+        precision: str,
+        check: Callable[[], None],
+        capture: Callable[[], Capture] | None = None,
+    ) -> None:
         self._most_rows = slots
         self._cached_tokens = cached_tokens
         self._check = check
@@ -38,16 +51,25 @@ class Decoder:
         self._loaded = False
         self._device = torch.device("cpu")
         self._cache: SlotCache | None = None
+        self._graphs = None if capture is None else Graphs(capture)
+        self._sizes = Sizes(few=capture is not None)
         self._layout: Layout = []
+        self._spots = 0  # slots that a step may fill up its shape with
         self._held: dict[str, Conversation] = {}
 
     def load(self, module: torch.nn.Module) -> None:
-        """Take weights, forget every conversation."""
+        """Take weights, forget every conversation. Raises UserError for a model whose steps cannot be captured."""
         self.free(list(self._held))
         if module is self._source and self._forward is not None:
             self._forward.refresh()
         else:
-            self._forward = LlamaForward.of(module, self._precision) or AnyForward(module, self._precision)
+            llama = LlamaForward.of(module, self._precision)
+            if self._graphs is not None and llama is None:
+                config: Any = module.config
+                raise UserError(
+                    f"engine.cuda_graphs is true, and {config.model_type} has not Llama's shape; set it to false"
+                )
+            self._forward = llama or AnyForward(module, self._precision)
             self._source, self._cache = module, None
             self._device = next(module.parameters()).device
         self._loaded = True
@@ -60,10 +82,14 @@ class Decoder:
                 self._layout[gone.slot] = None
 
     def release(self) -> None:
-        """Forget every conversation and give up the memory of weights, keys and values until the next load."""
+        """Forget every conversation and give up the memory of weights, keys and values until the next load.
+
+        With captures the memory stays, since they hold its addresses.
+        """
         self.free(list(self._held))
-        self._layout, self._cache, self._loaded = [], None, False
-        if self._forward is not None:
+        self._loaded = False
+        if self._forward is not None and self._graphs is None:
+            self._layout, self._cache = [], None
             self._forward.release()
 
     def generate(self, requests: Sequence[Request], decode: Callable[[Sequence[int]], str]) -> list[Completion]:
@@ -110,17 +136,24 @@ class Decoder:
         asked = {request.conversation for request in requests}
         kept = [row for row in self._layout if row is not None]
         longest = max(len(request.tokens) + request.limits.max_new_tokens for request in requests)
-        capacity = rounded(max([longest, *(row.fed for row in kept)]))
-        slots = min(len(asked | set(self._held)), max(1, self._cached_tokens // capacity))
+        capacity = self._sizes.width(max([longest, *(row.fed + 1 for row in kept)]))  # one may be written behind each
+        most = max(1, self._cached_tokens // capacity)
+        slots = min(len(asked | set(self._held)), most)
+        rows = min(self._most_rows, slots, len(requests))
         # What is asked for now stays first; the keys and values of the others are computed anew when they go on.
         kept = sorted(kept, key=lambda row: row.name not in asked)[:slots]
-        if self._cache is not None and kept:
+        self._spots = self._sizes.rows(slots, most)
+        there = None if self._cache is None else (self._cache.slots, self._cache.capacity)
+        size = self._sizes.memory((self._spots, capacity), there, self._cached_tokens)
+        if self._cache is None or (not kept and size != there):
+            self._cache = SlotCache(*size)
+        elif size != there:
             sources = [row.slot for row in kept if row.slot is not None]
-            self._cache.resize(slots, capacity, sources, max(row.fed for row in kept))
-        elif self._cache is None or (self._cache.slots, self._cache.capacity) != (slots, capacity):
-            self._cache = SlotCache(slots, capacity)
+            self._cache.resize(*size, sources, max(row.fed for row in kept))
+        else:
+            self._move(kept)
         self._place([*kept, *[None] * (slots - len(kept))])
-        return min(self._most_rows, slots, len(requests))
+        return rows
 
     def _place(self, layout: Layout) -> None:
         """Enter a new layout; who has no place in it has nothing cached."""
@@ -137,14 +170,19 @@ class Decoder:
         """Retire ended rows, admit `joining`, move keys and values accordingly; returns the rows that decode next."""
         assert self._cache is not None
         layout, rows = arranged(self._layout, live, joining)
+        self._move(layout)
+        self._place(layout)
+        return rows
+
+    def _move(self, layout: Sequence[Conversation | None]) -> None:
+        """Put keys and values where a new layout has them."""
+        assert self._cache is not None
         moved = [(row, slot) for slot, row in enumerate(layout) if row is not None and row.slot not in (None, slot)]
         self._cache.copy(
             [row.slot for row, _ in moved if row.slot is not None],
             [slot for _, slot in moved],
             max((row.fed for row, _ in moved), default=0),
         )
-        self._place(layout)
-        return rows
 
     def _prefill(self, joining: list[Conversation], prompts: dict[tuple[int, ...], Conversation]) -> None:
         """Feed what each joining row has not fed yet and choose its first token.
@@ -174,7 +212,7 @@ class Decoder:
         for _, row in borrowed:
             row.fed = len(_request(row).tokens) - 1
 
-        for chunk in _chunks(jobs):
+        for chunk in _chunks(jobs, PREFILL_TOKENS if self._device.type == "cpu" else PREFILL_TOKENS_ELSEWHERE):
             self._check()
             logits = self._extend([rows[0] for rows in chunk])
             shared = [(rows[0], row, rows[0].fed) for rows in chunk for row in rows[1:]]
@@ -200,7 +238,7 @@ class Decoder:
             tokens=self._tensor(padded),
             starts=self._tensor([row.fed for row in rows]),
             counts=None if min(counts) == longest else self._tensor(counts),
-            longest=max(len(_request(row).tokens) for row in rows),
+            width=self._sizes.width(max(len(_request(row).tokens) for row in rows)),
             fresh=not any(row.fed for row in rows),
         )
         for row in rows:
@@ -210,37 +248,45 @@ class Decoder:
     def _decode(self, live: list[Conversation]) -> None:
         """Steps of one token for all live rows (slots 0 to B - 1) until enough of them have ended.
 
-        Rows that have ended meanwhile are carried along: they write behind their end and choose nothing.
+        Rows that have ended meanwhile are carried along: they write behind their end and choose nothing. So does
+        whatever lies in the slots that fill up a captured shape.
         """
         assert self._cache is not None
-        assert self._forward is not None
+        padded = self._sizes.rows(len(live), self._spots)
+        idle = [0 if row is None else row.fed for row in (*self._layout, *[None] * padded)[len(live) : padded]]
+        temperatures = [_request(row).limits.temperature for row in live]
+        scaled, drawn = any(value != 1 for value in temperatures), any(value > 0 for value in temperatures)
+        if self._graphs is not None:
+            assert isinstance(self._forward, LlamaForward)
+            self._graphs.lies([*self._forward.memory(), *self._cache.memory])
         ended = sum(row.ended for row in live)
-        tokens = self._tensor([_draft(row).tokens[-1] for row in live])
-        positions = self._tensor([row.fed for row in live])
-        growing = self._tensor([int(not row.ended) for row in live])
         while ended * TURNOVER < len(live):
             self._check()
-            longest = max(row.fed for row in live) + 1
-            logits = extend(self._forward, self._cache, None, tokens[:, None], positions, None, longest, fresh=False)
-            for row in live:
-                row.fed += not row.ended
-            positions = positions + growing
-            tokens = self._choose(live, logits)
-            now_ended = sum(row.ended for row in live)
-            if now_ended != ended:
-                ended = now_ended
-                growing = self._tensor([int(not row.ended) for row in live])
+            given = taken(live, idle)
+            width = self._sizes.width(max(row.fed for row in live) + 1)
+            chosen = self._step(given, width, scaled, drawn).tolist()
+            for row, (token, logprob) in zip(live, chosen, strict=False):
+                if not row.ended:
+                    row.fed += 1
+                    _draft(row).add(int(token), logprob)
+            ended = sum(row.ended for row in live)
 
-    def _choose(self, rows: list[Conversation], logits: torch.Tensor) -> torch.Tensor:
-        """Sample a token for every row [B]; those that have not ended keep it."""
+    def _step(self, given: torch.Tensor, width: int, scaled: bool, drawn: bool) -> torch.Tensor:
+        """See `steps.step`; `given` is on the host."""
+        assert self._cache is not None
+        assert self._forward is not None
+        if self._graphs is not None:
+            return self._graphs.step(self._forward, self._cache, given, width)
+        return step(self._forward, self._cache, given.to(self._device), width, scaled=scaled, drawn=drawn)
+
+    def _choose(self, rows: list[Conversation], logits: torch.Tensor) -> None:
+        """Each row's first token of its reply, from logits [B, V]."""
         drafts = [_draft(row) for row in rows]
         drawn = torch.tensor([draft.draw() for draft in drafts], dtype=torch.float64, device=self._device)
         temperatures = torch.tensor([draft.request.limits.temperature for draft in drafts], device=self._device)
         tokens, logprobs = sample(logits, temperatures, drawn)
         for draft, token, logprob in zip(drafts, tokens.tolist(), logprobs.tolist(), strict=True):
-            if draft.stop is None:
-                draft.add(token, logprob)
-        return tokens
+            draft.add(token, logprob)
 
     def _copy(self, copies: list[tuple[Conversation, Conversation, int]]) -> None:
         """Copy the first `length` positions from one row's slot to another's, for each (from, to, length)."""
@@ -262,8 +308,8 @@ def _request(row: Conversation) -> Request:
     return _draft(row).request
 
 
-def _chunks(jobs: list[list[Conversation]]) -> list[list[list[Conversation]]]:
-    """Jobs sorted by (continuing, new tokens) and cut so that a chunk holds at most PREFILL_TOKENS padded tokens.
+def _chunks(jobs: list[list[Conversation]], most: int) -> list[list[list[Conversation]]]:
+    """Jobs sorted by (continuing, new tokens) and cut so that a chunk holds at most `most` padded tokens.
 
     A chunk holds either fresh rows only or continuing rows only.
     """
@@ -273,7 +319,7 @@ def _chunks(jobs: list[list[Conversation]]) -> list[list[list[Conversation]]]:
     chunks: list[list[list[Conversation]]] = []
     kind = None
     for continuing, new, rows in keyed:
-        if continuing is not kind or (len(chunks[-1]) + 1) * new > PREFILL_TOKENS:
+        if continuing is not kind or (len(chunks[-1]) + 1) * new > most:
             chunks.append([])
             kind = continuing
         chunks[-1].append(rows)

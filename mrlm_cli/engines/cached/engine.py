@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from mrlm_cli.engines.base import EngineSettings
+from mrlm_cli.errors import UserError
 from mrlm_cli.records import Completion, Request
 
 if TYPE_CHECKING:
@@ -32,21 +33,30 @@ class CachedEngine:
         """Rows that decode together at most; further requests take the place of rows that end."""
         max_cached_tokens: Annotated[int, Field(ge=1, le=1_000_000_000)] = 65536
         """Token positions that keys and values are held for at most; what does not fit waits or is computed anew."""
+        cuda_graphs: bool = False
+        """Capture decode steps as CUDA graphs and replay them: on a GPU, with models of Llama's shape, a step is then
+        one launch; weights and cache keep their memory during updates. Off by default: it has not run on a GPU yet."""
 
     def __init__(
         self, config: Config, *, decode: Callable[[Sequence[int]], str], precision: str, check: Callable[[], None]
     ) -> None:
         from mrlm_cli.engines.cached.decoder import Decoder
+        from mrlm_cli.engines.cached.graphs import CudaCapture
 
         self.config = config
         self._decode = decode
-        self._decoder = Decoder(config.slots, config.max_cached_tokens, precision, check)
+        capture = CudaCapture if config.cuda_graphs else None
+        self._decoder = Decoder(config.slots, config.max_cached_tokens, precision, check, capture)
 
     def load(self, module: torch.nn.Module) -> None:
         """Take the weights of a plain transformers causal LM (float32 shares them, bfloat16 copies); drop every cache.
 
-        Raises EngineError for a family whose layers keep more than keys and values.
+        Raises EngineError for a family whose layers keep more than keys and values, UserError where engine.cuda_graphs
+        is true for a policy that is not on a GPU or not of Llama's shape.
         """
+        device = next(module.parameters()).device.type
+        if self.config.cuda_graphs and device != "cuda":
+            raise UserError(f"engine.cuda_graphs is true, and the policy is on {device}; set it to false")
         self._decoder.load(module)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -62,5 +72,5 @@ class CachedEngine:
         self._decoder.free(conversations)
 
     def release(self) -> None:
-        """Give up copies of weights, keys and values until the next load."""
+        """Give up copies of weights, keys and values until the next load; with cuda_graphs their memory is kept."""
         self._decoder.release()

@@ -12,13 +12,6 @@ from mrlm_cli.engines.cached.cache import SlotCache, Write
 from mrlm_cli.engines.weights import Weights
 from mrlm_cli.errors import EngineError
 
-WIDTH_STEP = 32  # attention widths and capacities are multiples of it, so that few distinct shapes occur
-
-
-def rounded(length: int) -> int:
-    """The next multiple of WIDTH_STEP."""
-    return -(-length // WIDTH_STEP) * WIDTH_STEP
-
 
 class Forward(Protocol):
     """A model that appends tokens to slots."""
@@ -51,7 +44,7 @@ def extend(
     tokens: torch.Tensor,  # int64 [B, Q], padded on the right
     starts: torch.Tensor,  # int64 [B]: positions already in each slot
     counts: torch.Tensor | None,  # int64 [B]: real tokens of each row; None: all Q
-    longest: int,  # the largest start + count
+    width: int,  # attention reads so many positions, no fewer than the largest start + count (not used when fresh)
     fresh: bool,  # every start is 0
 ) -> torch.Tensor:
     """Append tokens to slots; logits [B, V] after the last real token of each row."""
@@ -66,8 +59,7 @@ def extend(
     at_slots, at_positions = of_rows[:, None].expand(-1, queries).flatten(), positions.flatten()
     if real is not None:
         at_slots, at_positions = at_slots[real], at_positions[real]
-    width = queries if fresh else min(rounded(longest), cache.capacity)
-    write = Write(slots, fresh, width, at_slots, at_positions, real)
+    write = Write(slots, fresh, queries if fresh else width, at_slots, at_positions, real)
     last = None if queries == 1 else (offsets[:, -1] if counts is None else counts - 1)
     return forward.run(cache, write, tokens, positions, last)
 

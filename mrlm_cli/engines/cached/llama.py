@@ -35,6 +35,7 @@ class LlamaForward:
             )
             for layer in trunk.layers
         ]
+        self._tensors = [*module.parameters(), *module.buffers()]
         self._head = FrozenLinear([Matrix(module.get_output_embeddings().weight)], [], dtype)
         self.refresh()
 
@@ -62,6 +63,11 @@ class LlamaForward:
             for product in products:
                 product.release()
         self._head.release()
+
+    def memory(self) -> list[Tensor]:
+        """Every tensor that `run` reads besides its arguments and the cache."""
+        products = [product for _, *products in self._layers for product in products]
+        return [*self._tensors, *(tensor for product in (*products, self._head) for tensor in product.memory)]
 
     def run(
         self,
@@ -111,7 +117,8 @@ class LlamaForward:
         x = x.view(rows, queries, heads + 2 * kv_heads, -1).transpose(1, 2)  # [B, all heads, Q, d]
         query, key, value = x.split([heads, kv_heads, kv_heads], dim=1)
         keys, values = cache.update(key, value, number)  # [B, kv_heads, width, d]
-        if queries > WRITTEN_OUT or mask.device.type != "cpu":
+        # Written out, the rows of a step read each key once, whatever the number of queries that share it.
+        if queries > (WRITTEN_OUT if mask.device.type == "cpu" else 1):
             attended = torch.nn.functional.scaled_dot_product_attention(
                 query, keys, values, attn_mask=mask, scale=self._trunk.scaling, enable_gqa=True
             )
