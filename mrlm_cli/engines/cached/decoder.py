@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -254,8 +254,6 @@ class Decoder:
         assert self._cache is not None
         padded = self._sizes.rows(len(live), self._spots)
         idle = [0 if row is None else row.fed for row in (*self._layout, *[None] * padded)[len(live) : padded]]
-        temperatures = [_request(row).limits.temperature for row in live]
-        scaled, drawn = any(value != 1 for value in temperatures), any(value > 0 for value in temperatures)
         if self._graphs is not None:
             assert isinstance(self._forward, LlamaForward)
             self._graphs.lies([*self._forward.memory(), *self._cache.memory])
@@ -264,27 +262,27 @@ class Decoder:
             self._check()
             given = taken(live, idle)
             width = self._sizes.width(max(row.fed for row in live) + 1)
-            chosen = self._step(given, width, scaled, drawn).tolist()
+            chosen = self._step(live, given, width).tolist()
             for row, (token, logprob) in zip(live, chosen, strict=False):
                 if not row.ended:
                     row.fed += 1
                     _draft(row).add(int(token), logprob)
             ended = sum(row.ended for row in live)
 
-    def _step(self, given: torch.Tensor, width: int, scaled: bool, drawn: bool) -> torch.Tensor:
+    def _step(self, live: list[Conversation], given: torch.Tensor, width: int) -> torch.Tensor:
         """See `steps.step`; `given` is on the host."""
         assert self._cache is not None
         assert self._forward is not None
         if self._graphs is not None:
             return self._graphs.step(self._forward, self._cache, given, width)
-        return step(self._forward, self._cache, given.to(self._device), width, scaled=scaled, drawn=drawn)
+        return step(self._forward, self._cache, given.to(self._device), width, **_work(live))
 
     def _choose(self, rows: list[Conversation], logits: torch.Tensor) -> None:
         """Each row's first token of its reply, from logits [B, V]."""
         drafts = [_draft(row) for row in rows]
         drawn = torch.tensor([draft.draw() for draft in drafts], dtype=torch.float64, device=self._device)
         temperatures = torch.tensor([draft.request.limits.temperature for draft in drafts], device=self._device)
-        tokens, logprobs = sample(logits, temperatures, drawn)
+        tokens, logprobs = sample(logits, temperatures, drawn, **_work(rows))
         for draft, token, logprob in zip(drafts, tokens.tolist(), logprobs.tolist(), strict=True):
             draft.add(token, logprob)
 
@@ -306,6 +304,12 @@ def _draft(row: Conversation) -> Draft:
 
 def _request(row: Conversation) -> Request:
     return _draft(row).request
+
+
+def _work(rows: list[Conversation]) -> dict[Literal["scaled", "drawn"], bool]:
+    """What the sampler has to do for these rows."""
+    temperatures = {_request(row).limits.temperature for row in rows}
+    return {"scaled": temperatures != {1.0}, "drawn": temperatures != {0.0}}
 
 
 def _chunks(jobs: list[list[Conversation]], most: int) -> list[list[list[Conversation]]]:
