@@ -28,7 +28,7 @@ class Evaluation:
     step: int
     split: str
     tasks: int  # tasks actually evaluated
-    failed: int  # episodes that failed for a technical reason, left out
+    failed: int  # episodes that failed for a technical reason, or rows (a pair is one) that do not fit: left out
     reward: Estimate | None
     components: Mapping[str, Estimate]
     pass_at: Mapping[int, float]  # {k: share of tasks with an exact answer among k episodes}; empty for one episode
@@ -53,6 +53,11 @@ class Evaluation:
     def unit(self) -> str:
         """What was evaluated: tasks, or rows of data."""
         return "tasks" if self.reward is not None else "rows"
+
+    @property
+    def fault(self) -> str:
+        """What was wrong with the `failed`, in a word."""
+        return "failed" if self.reward is not None else "unfit"
 
     @property
     def score(self) -> float:

@@ -125,7 +125,7 @@ METRICS: dict[str, Metric] = _table(
     ),
     Metric(
         "excluded_rate",
-        "Share of episodes left out because their prompt does not fit the limits.",
+        "Share of episodes left out because their prompt, or their row of data, does not fit the limits.",
         "excluded / all",
         "0",
     ),

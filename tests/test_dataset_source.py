@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from mrlm_cli.errors import CheckpointError, UserError
 from mrlm_cli.events import Listener
 from mrlm_cli.policy.written import given, written
 from mrlm_cli.records import Episode, Message
+from mrlm_cli.report.plain import PlainLines
 from mrlm_cli.training.collate import collate
 from mrlm_cli.training.dataset import DatasetSource
 from mrlm_cli.training.loop import iteration
@@ -135,6 +138,21 @@ def test_a_row_that_is_too_long_is_left_out_by_name_and_its_pair_with_it(tmp_pat
         (row,) = made.run.metrics()
     assert (row["excluded_rate"], row["episodes"], row["failed_rate"]) == (pytest.approx(1 / 3), 4, 0)
     assert heard == [f"data: excluded: {path}:2: 49 tokens are more than the limit of 30"]
+
+
+def test_held_out_pairs_that_are_too_long_count_once_each_and_are_told_of(tmp_path: Path) -> None:
+    rows = [pair_row("21"), pair_row("43", wrong="9" * 40), pair_row("65"), pair_row("87", wrong="9" * 41)]
+    held = str(jsonl(tmp_path / "held.jsonl", rows))
+    data = {"form": "pairs", "max_tokens": 30, "rows_per_step": 2, "validation_path": held}
+    algorithm = {"type": "dpo", "reference_free": True}
+    recipe = on(jsonl(tmp_path / "x.jsonl", rows), data=data, algorithm=algorithm)
+    stream = io.StringIO()
+    with trainer(tmp_path / "run", recipe, PlainLines(stream)) as made:
+        made.evaluate()
+    found = json.loads((tmp_path / "run/eval/step-000000.json").read_text())
+    assert (found["tasks"], found["failed"]) == (2, 2)
+    assert "of 2 held-out rows" in stream.getvalue()
+    assert ", 2 unfit and left out" in stream.getvalue()
 
 
 def test_a_row_that_the_template_refuses_is_left_out_by_name(tmp_path: Path) -> None:

@@ -228,8 +228,9 @@ class GRPO(Group):
 class DrGRPO(Group):
     """GRPO done right: neither the deviation nor an episode's length divides anything; needs constant_length.
 
-    Liu et al. 2025, "Understanding R1-Zero-Like Training: A Critical Perspective", Section 3.2. No KL, as there.
-    Left out: nothing; the constant is a setting, as it scales the loss only.
+    Liu et al. 2025, "Understanding R1-Zero-Like Training: A Critical Perspective", Section 3.2: the objective of Eq. 2
+    with the group's mean as baseline, summed as in Listing 1. No KL, as there. Left out: nothing; the constant is a
+    setting, as it scales the loss only.
     """
 
     Config = variant("DrGRPO", "GRPO done right.", aggregation="constant")

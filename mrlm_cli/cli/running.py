@@ -135,4 +135,5 @@ def _show(evaluation: Evaluation, as_json: bool) -> None:
         print(f"  {place:<20} " + ", ".join(f"{name} {estimate.mean:.3f}" for name, estimate in received.items()))
     print(f"  {'length':<20} {evaluation.length:.1f} tokens; {evaluation.truncated:.1%} cut by a limit")
     if evaluation.failed:
-        print(f"  {'failed':<20} {evaluation.failed} episodes left out")
+        what = "rows" if evaluation.reward is None else "episodes"
+        print(f"  {evaluation.fault:<20} {evaluation.failed} {what} left out")

@@ -141,7 +141,7 @@ def _held_out(state: State) -> Text:
         text.append(f"  {printable(finding)} {value:.4f}")
     text.append(f"  {evaluation.tasks} {evaluation.unit}", "dim")
     if evaluation.failed:
-        text.append(f"  {evaluation.failed} failed", "yellow")
+        text.append(f"  {evaluation.failed} {evaluation.fault}", "yellow")
     return text
 
 

@@ -82,7 +82,7 @@ class PlainLines(Listener):
         if evaluation.reward is None and name != "loss":
             said += f", loss {evaluation.components['loss'].mean:.4g}"
         if evaluation.failed:
-            said += f", {evaluation.failed} failed and left out"
+            said += f", {evaluation.failed} {evaluation.fault} and left out"
         said += "".join(
             f", {place} {components['exact'].mean:.2f}"
             for place, components in evaluation.environments.items()

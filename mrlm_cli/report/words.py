@@ -61,8 +61,11 @@ _RULES = (
     ),
     _Rule(
         "excluded_rate",
-        "prompts that do not fit",
-        ((0, GOOD, ""), (1, WATCH, "left out; raise sampling.max_tokens or model.context, or shorten the prompts")),
+        "prompts or rows that do not fit",
+        (
+            (0, GOOD, ""),
+            (1, WATCH, "left out; raise max_tokens (in sampling or data) or model.context, or shorten them"),
+        ),
         share=True,
         only_problems=True,
     ),

@@ -62,12 +62,13 @@ def evaluate_rows(
     }
     if "loss" not in components:
         raise NothingToJudge("no held-out row carries weight")
+    rows = len(batch.unit.unique())
     evaluation = Evaluation(
         checkpoint=checkpoint,
         step=step,
         split=episodes[0].task.split,
-        tasks=len(batch.unit.unique()),
-        failed=len(episodes) - len(batch.lengths),
+        tasks=rows,
+        failed=len({one.group for one in episodes}) - rows,
         reward=None,
         components=components,
         pass_at={},
