@@ -148,6 +148,14 @@ def test_an_empty_file_is_an_error(tmp_path: Path, kind: str, text: str) -> None
         load(tmp_path / "none", kind)
 
 
+@pytest.mark.parametrize(("rows", "told"), [(1, "there is only one row"), (3, "all rows have the same prompt")])
+def test_rows_of_one_prompt_cannot_be_held_out(tmp_path: Path, rows: int, told: str) -> None:
+    path = jsonl(tmp_path / "x.jsonl", [chat_row("1")] * rows)
+    with pytest.raises(UserError, match=rf"^{told}, so none can be held out; set data.validation_share: 0$"):
+        load(path)
+    assert len(load(path, validation_share=0).train) == rows
+
+
 def test_json_and_parquet_read_the_same_rows(tmp_path: Path) -> None:
     from pyarrow import Table, parquet
 

@@ -58,8 +58,9 @@ def load(dataset: Dataset) -> Loaded:
     for split, prompts in _held_out([_prompt(group) for group in train], _shares(dataset)).items():
         held[split] = [_moved(group, split) for group in train if _prompt(group) in prompts]
         train = [group for group in train if _prompt(group) not in prompts]
-    if not train:
-        raise UserError("all rows have the same prompt, so none can be held out; set data.validation_share: 0")
+    if not train:  # all prompts are one
+        what = "all rows have the same prompt" if sum(map(len, held.values())) > 1 else "there is only one row"
+        raise UserError(f"{what}, so none can be held out; set data.validation_share: 0")
     validation, test = held.get("validation", []), held.get("test", [])
     digest = hashlib.sha256()
     for group in (*train, *validation, *test):
