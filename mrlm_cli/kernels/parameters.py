@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mrlm_cli.kernels.products import joined
+
 # Rows of a matrix that are converted at a time, so that no copy of a whole head lies beside its gradient.
 _ROWS = 2048
 
@@ -52,7 +54,7 @@ def fused(dtype: torch.dtype, *parts: Tensor) -> Tensor:
         return parts[0]
     key, state = (dtype, *map(id, parts)), _steady.get() or _Steady(adds=False)
     if key not in state.made:
-        state.made[key] = _joined(dtype, parts), parts
+        state.made[key] = joined(None, parts, dtype), parts
     return _Fuse.apply(state.made[key][0], state.adds, *parts)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
 
 
@@ -65,21 +67,13 @@ def embedded(tokens: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.embedding(tokens, weight)
 
 
-@torch.no_grad()
-def _joined(dtype: torch.dtype, parts: tuple[Tensor, ...]) -> Tensor:
-    joined = parts[0].new_empty((sum(len(part) for part in parts), *parts[0].shape[1:]), dtype=dtype)
-    for piece, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
-        piece.copy_(part)
-    return joined
-
-
 class _Fuse(torch.autograd.Function):
-    """`joined`, which holds the values of `parts` on top of one another, with gradients for the parts."""
+    """`whole`, which holds the values of `parts` on top of one another, with gradients for the parts."""
 
     @staticmethod
-    def forward(ctx: Any, joined: Tensor, adds: bool, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, whole: Tensor, adds: bool, *parts: Tensor) -> Tensor:
         ctx.parts, ctx.adds = parts, adds
-        return joined.detach()
+        return whole.detach()
 
     @staticmethod
     @once_differentiable
@@ -89,7 +83,8 @@ class _Fuse(torch.autograd.Function):
         for piece, part, needed in zip(pieces, ctx.parts, ctx.needs_input_grad[2:], strict=True):
             if needed and ctx.adds and part.is_leaf:
                 _add(part, piece)
-            found.append(piece.to(part.dtype) if needed and not (ctx.adds and part.is_leaf) else None)
+                needed = False
+            found.append(piece.to(part.dtype) if needed else None)
         return None, None, *found
 
 

@@ -74,12 +74,12 @@ class FrozenLinear:
         """Take the present values of the parts."""
         first = self._parts[0]
         biases = [bias.detach() for bias in self._biases]
-        self._bias = _joined(self._bias, biases, self._dtype) if biases else None
+        self._bias = joined(self._bias, biases, self._dtype) if biases else None
         shared = len(self._parts) == 1 and first.adapter is None and first.weight.dtype == self._dtype
         weight = (
             first.weight.detach()
             if shared
-            else _joined(self._copy, [part.merged().detach() for part in self._parts], self._dtype)
+            else joined(self._copy, [part.merged().detach() for part in self._parts], self._dtype)
         )
         self._laid_out = (
             _ONEDNN is not None
@@ -108,7 +108,8 @@ class FrozenLinear:
         return torch.nn.functional.linear(x, self._weight, self._bias)
 
 
-def _joined(memory: Tensor | None, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+@torch.no_grad()
+def joined(memory: Tensor | None, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """`parts` on top of one another in `dtype`, written into `memory` if there is any."""
     if memory is None:
         memory = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=dtype)
