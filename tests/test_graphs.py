@@ -14,7 +14,9 @@ from mrlm_cli.engines.sampler import sample
 from mrlm_cli.errors import RecipeError, UserError
 from mrlm_cli.kernels.low_rank import Matrix
 from mrlm_cli.kernels.products import FrozenLinear
+from mrlm_cli.policy import lora
 from mrlm_cli.recipe import compose
+from mrlm_cli.recipe.sections import Lora
 from tests.engine_helpers import FAMILIES, cached, decode, nothing, prompt, request
 from tests.graph_emulation import Emulated, Refused
 
@@ -28,6 +30,13 @@ def model(family="llama", seed=0):
     sizes = config()
     sizes.max_position_embeddings = 512
     return make(sizes)
+
+
+def adapted(family="llama"):
+    """With adapters on every linear layer, which begin as nothing at all."""
+    made = model(family)
+    lora.attach(made, Lora(rank=4), torch.Generator().manual_seed(0))
+    return made
 
 
 def decoder(module, capture=None, precision="float32", slots=5, tokens=65536):
@@ -114,6 +123,27 @@ def test_replays_are_the_steps_to_the_bit(family, precision):
     # The cache moved once, for the long call; new weights came into the memory of the old ones.
     assert len(families) == 2
     assert families.replays > 5 * families.captures
+
+
+@pytest.mark.parametrize(("family", "precision"), [("llama", "float32"), ("qwen2", "bfloat16")])
+def test_replays_move_with_the_adapters(family, precision):
+    module, families = adapted(family), Families()
+    engine = decoder(module, families, precision)
+    asked = [request(name, prompt(name, 9), 12) for name in NAMES[:4]]
+    first = engine.generate(asked, decode)
+    assert first == decoder(model(family), eagerly, precision).generate(asked, decode)
+    captures = families.captures
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    engine.load(module)
+    second = engine.generate(asked, decode)
+    assert second != first
+    assert second == decoder(module, eagerly, precision).generate(asked, decode)
+    # The sum of base and adapters came into the memory of the former one, which the replays read.
+    assert (len(families), families.captures) == (1, captures)
+    assert told(module, families, precision) == told(module, eagerly, precision)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
