@@ -17,7 +17,8 @@ from mrlm_cli.records import Episode, Message
 from mrlm_cli.report.plain import PlainLines
 from mrlm_cli.training.collate import collate
 from mrlm_cli.training.dataset import DatasetSource
-from mrlm_cli.training.loop import iteration
+from mrlm_cli.training.loop import iteration, run
+from mrlm_cli.training.stopping import Stopper
 from tests.data_helpers import chat_row, chats, jsonl, pair_row, two_turns
 from tests.kit import tiny, trainer
 from tests.test_chat import chat, tokenizer
@@ -138,6 +139,40 @@ def test_a_row_that_is_too_long_is_left_out_by_name_and_its_pair_with_it(tmp_pat
         (row,) = made.run.metrics()
     assert (row["excluded_rate"], row["episodes"], row["failed_rate"]) == (pytest.approx(1 / 3), 4, 0)
     assert heard == [f"data: excluded: {path}:2: 49 tokens are more than the limit of 30"]
+
+
+@pytest.mark.parametrize("long", [0, 1, 8])
+def test_how_many_rows_were_left_out_is_told_at_the_end_whether_or_not_it_was_resumed(
+    tmp_path: Path, long: int
+) -> None:
+    rows = [chat_row(str(number) * (40 if number < long else 1)) for number in range(20)]
+    data = {"max_tokens": 40, "rows_per_step": 8, "validation_share": 0, "test_share": 0}
+    path = jsonl(tmp_path / "x.jsonl", rows)
+
+    def told(name: str, steps: int, before: Path | None = None) -> list[str]:
+        heard: list[str] = []
+
+        class Ear(Listener):
+            def warned(self, text: str) -> None:
+                heard.append(text)
+
+        recipe = on(path, data=data, steps=steps)
+        with Stopper() as stopper, trainer(tmp_path / name, recipe, Ear()) as made:
+            if before is not None:
+                (made.run.path / "metrics.jsonl").write_bytes((before / "metrics.jsonl").read_bytes())
+                made.load(before / "checkpoints/step-000001")
+            run(made, stopper)
+        return heard
+
+    first = told("part", 1)
+    metrics = json.loads((tmp_path / "part/metrics.jsonl").read_text())
+    seen = round(8 * metrics["excluded_rate"])
+    assert seen < 8
+    assert seen > 0 or long < 8
+    assert first[min(seen, 5) :] == [f"data: in all, {seen} of 8 training rows left out"][: seen > 0]
+    whole = told("whole", 6)  # more than two epochs, in which each row counts once
+    assert whole[min(long, 5) :] == [f"data: in all, {long} of 20 training rows left out"][: long > 0]
+    assert told("resumed", 6, tmp_path / "part")[-1:] == whole[-1:]
 
 
 def test_held_out_pairs_that_are_too_long_count_once_each_and_are_told_of(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from mrlm_cli.policy.chat import Chat
 from mrlm_cli.policy.written import written
 from mrlm_cli.records import Episode, Span, Split, Transcript
 from mrlm_cli.strict import DataSettings
+from mrlm_cli.training.fitting import is_unfit
 from mrlm_cli.training.rollout import EXCLUDED
 
 _Tokens = tuple[tuple[int, ...], tuple[Span, ...]]
@@ -21,7 +22,10 @@ _TOLD = 5  # rows left out that are named on the screen; all are counted
 
 
 class DatasetSource:
-    """Training rows in a keyed order of their own in each epoch. Its whole state is one cursor."""
+    """Training rows in a keyed order of their own in each epoch.
+
+    Its whole state is a cursor, and how many of the rows before it do not fit.
+    """
 
     def __init__(
         self, loaded: Loaded, chat: Chat, settings: DataSettings, seed: int, warn: Callable[[str], None]
@@ -33,12 +37,22 @@ class DatasetSource:
         self._warn = warn
         self._max_tokens = min(settings.max_tokens or chat.context, chat.context)
         self._cursor = 0
+        self._unfit = 0
         self._told: set[str] = set()
 
     def episodes(self, step: int) -> list[Episode]:
         """The episodes of a step; advances the cursor."""
         begin, self._cursor = self._cursor, self._cursor + self._rows
-        return [one for position in range(begin, self._cursor) for one in self._at(position, f"train/{step}")]
+        drawn = [self._at(position, f"train/{step}") for position in range(begin, self._cursor)]
+        # The first epoch has each row once.
+        self._unfit += sum(is_unfit(group[0]) for group in drawn[: max(0, self.rows - begin)])
+        return [one for group in drawn for one in group]
+
+    def left_out(self) -> str | None:
+        """A sentence about the training rows that did not fit so far, if any did not."""
+        if self._unfit == 0:
+            return None
+        return f"data: in all, {self._unfit} of {min(self._cursor, self.rows)} training rows left out"
 
     @property
     def holds_out(self) -> bool:
@@ -67,8 +81,8 @@ class DatasetSource:
         return [one for position in range(begin, end) for one in self._at(position, "first")]
 
     def state(self) -> dict[str, Any]:
-        """Rows taken so far, and what they were."""
-        return {"cursor": self._cursor, "data": self._loaded.sha256}
+        """Rows taken so far, those of them that do not fit, and what they were."""
+        return {"cursor": self._cursor, "unfit": self._unfit, "data": self._loaded.sha256}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. Raises CheckpointError if the rows are others by now."""
@@ -78,6 +92,7 @@ class DatasetSource:
                 "data.test_share existed, no row was kept for a test: write test_share: 0 into its recipe.yaml"
             )
         self._cursor = int(state["cursor"])
+        self._unfit = int(state.get("unfit", 0))  # an older version did not count them
 
     def _at(self, position: int, name: str) -> list[Episode]:
         groups = self._loaded.train

@@ -54,6 +54,8 @@ def run(trainer: Trainer, stopper: Stopper) -> None:
                 saved = trainer.save()
             if trainer.step < steps:
                 stopper.check()
+            else:
+                trainer.note_left_out()
     except StopRequested:
         if saved != trainer.step:
             trainer.save()

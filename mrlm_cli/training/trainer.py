@@ -155,6 +155,11 @@ class Trainer:
         elif all(is_unfit(one) for one in episodes) and not self.source.any_fits():
             raise nothing_fits(episodes, self.source.rows)
 
+    def note_left_out(self) -> None:
+        """Say, at the end, how many rows did not fit: only the first of them were named."""
+        if isinstance(self.source, DatasetSource) and (told := self.source.left_out()):
+            self.announce.warned(told)
+
     def note_unknown(self, episodes: Sequence[Episode]) -> None:
         """Warn, at the first step, of text that the tokenizer does not know: the policy cannot tell it apart."""
         share = unknown_share(episodes, self._tokenizer, said=self.recipe.data is not None) if self.step == 0 else 0.0
