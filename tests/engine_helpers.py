@@ -1,7 +1,9 @@
 """Small random models of every family, and what it means that two engines agree."""
 
+import gc
 import itertools
 import random
+import types
 
 import torch
 import transformers
@@ -80,6 +82,23 @@ def reference(module, precision="float32", check=nothing):
     engine = GenerateEngine(GenerateEngine.Config(), decode=decode, precision=precision, check=check)
     engine.load(module)
     return engine
+
+
+def own_memory(engine, module):
+    """Bytes of tensors that an engine holds besides those of the module that it was loaded with."""
+    not_held = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+    seen, waiting, found = {id(module)}, [vars(engine)], {}
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen or isinstance(each, not_held):
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            found[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+        else:
+            waiting.extend(gc.get_referents(each))
+    theirs = {each.untyped_storage().data_ptr() for each in (*module.parameters(), *module.buffers())}
+    return sum(size for place, size in found.items() if place not in theirs)
 
 
 def prompt(name, length):

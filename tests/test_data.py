@@ -78,6 +78,7 @@ def test_two_whole_conversations_share_their_beginning_as_prompt(tmp_path: Path)
 GOOD = chat_row("12")
 BAD: list[tuple[str, Any, str, str]] = [
     ("chat", "not json", ":2", "the line is not JSON"),
+    ("chat", "[" * 5000 + "]" * 5000, ":2", "the line is not JSON"),
     ("chat", [1], ":2", "a row is not an object"),
     ("chat", {"text": "x"}, ":2", "column messages is missing"),
     ("chat", {"messages": "x"}, ":2", "column messages is not a list of messages"),

@@ -175,6 +175,24 @@ def test_how_many_rows_were_left_out_is_told_at_the_end_whether_or_not_it_was_re
     assert told("resumed", 6, tmp_path / "part")[-1:] == whole[-1:]
 
 
+def test_a_pair_whose_sides_become_the_same_tokens_is_left_out_by_name(tmp_path: Path) -> None:
+    heard: list[str] = []
+
+    class Ear(Listener):
+        def warned(self, text: str) -> None:
+            heard.append(text)
+
+    rows = [pair_row("21"), pair_row("43", wrong="3ä") | {"chosen": "3ö"}]  # neither letter is in the tokenizer
+    data = {"form": "pairs", "rows_per_step": 2, "validation_share": 0}
+    path = jsonl(tmp_path / "x.jsonl", rows)
+    recipe = on(path, data=data, algorithm={"type": "dpo", "reference_free": True})
+    with trainer(tmp_path / "run", recipe, Ear()) as made:
+        iteration(made)
+        (row,) = made.run.metrics()
+    assert (row["excluded_rate"], row["episodes"]) == (0.5, 2)
+    assert f"data: excluded: {path}:2: both sides are the same tokens" in heard
+
+
 def test_held_out_pairs_that_are_too_long_count_once_each_and_are_told_of(tmp_path: Path) -> None:
     rows = [pair_row("21"), pair_row("43", wrong="9" * 40), pair_row("65"), pair_row("87", wrong="9" * 41)]
     held = str(jsonl(tmp_path / "held.jsonl", rows))

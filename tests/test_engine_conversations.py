@@ -3,7 +3,18 @@
 import pytest
 
 from mrlm_cli.errors import EngineError
-from tests.engine_helpers import FAMILIES, assert_agree, cached, decode, prompt, ragged, reference, request, tiny
+from tests.engine_helpers import (
+    FAMILIES,
+    assert_agree,
+    cached,
+    decode,
+    own_memory,
+    prompt,
+    ragged,
+    reference,
+    request,
+    tiny,
+)
 
 ENGINES = [pytest.param(cached, id="cached"), pytest.param(reference, id="generate")]
 
@@ -154,6 +165,18 @@ def test_a_released_engine_needs_weights_and_then_is_as_before(make, family, pre
         engine.generate(asked)
     engine.load(module)
     assert engine.generate(asked) == done
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("make", ENGINES)
+def test_a_released_engine_holds_no_memory_of_its_own(make, family, precision):
+    module = tiny(family)
+    engine = make(module, precision)
+    engine.generate(ragged(1.0))
+    assert (own_memory(engine, module) > 0) == (make is cached or precision == "bfloat16")
+    engine.release()
+    assert own_memory(engine, module) == 0
 
 
 def test_freed_rows_leave_the_others_whole():

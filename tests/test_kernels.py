@@ -125,11 +125,12 @@ def accumulated(made, parts, **how):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])  # with one table for words and head, and with two
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])  # the first two have one table for words and head
 def test_gradients_added_where_they_arise_are_those_of_autograd(family, precision, monkeypatch):
     monkeypatch.setattr(parameters, "_ROWS", 5)  # several blocks, the last one short
     made = policy(family, precision=precision)
-    made.lm.get_output_embeddings().weight.requires_grad_(True)
+    head, words = made.lm.get_output_embeddings().weight, made.lm.get_input_embeddings().weight
+    assert (head is words) == (family != "qwen3")
     frozen = made.lm.base_model.layers[1].mlp.down_proj.weight.requires_grad_(False)
     parts = [batch(seed) for seed in (1, 2, 3)]
     expected, found = accumulated(made, parts), accumulated(made, parts, adds=True)

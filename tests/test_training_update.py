@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mrlm_cli.errors import NonFiniteError
 from mrlm_cli.events import Listener
-from mrlm_cli.records import Batch, Progress
+from mrlm_cli.records import Batch, PolicyOut, Progress
 from mrlm_cli.training.annotate import annotate
 from mrlm_cli.training.collate import collate, micro_batches
 from mrlm_cli.training.loop import iteration, run
@@ -179,6 +182,38 @@ def test_a_value_that_is_not_finite_refuses_the_iteration_and_names_the_episode(
         made.policy.forward = broken  # type: ignore[method-assign, assignment]
         iteration(made)
     assert any("not finite" in text and "episodes" in text for text in heard)
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_the_engine_is_released_before_scoring_and_has_weights_again_after_the_update(
+    tmp_path: Path, sound: bool
+) -> None:
+    happened: list[str] = []
+
+    def told(name: str, work: Callable[..., Any]) -> Any:
+        def doing(*arguments: Any, **options: Any) -> Any:
+            if happened[-1:] != [name]:
+                happened.append(name)
+            return work(*arguments, **options)
+
+        return doing
+
+    with trainer(tmp_path / "run", tiny(algorithm=KL)) as made:
+        assert made.reference is not None
+        scoring = made.reference.forward
+
+        def scored(*arguments: Any, **options: Any) -> PolicyOut:
+            out: PolicyOut = scoring(*arguments, **options)
+            return out if sound else replace(out, logprobs=out.logprobs * torch.nan)
+
+        for name in ("generate", "release", "load"):
+            setattr(made.engine, name, told(name, getattr(made.engine, name)))
+        made.policy.forward = told("forward", made.policy.forward)  # type: ignore[method-assign]
+        made.reference.forward = told("forward", scored)  # type: ignore[method-assign]
+        made._adam.step = told("step", made._adam.step)  # type: ignore[method-assign]
+        iteration(made)
+        iteration(made)
+    assert happened == 2 * ["generate", "release", "forward", *(["step"] if sound else []), "load"]
 
 
 def test_value_pretraining_leaves_the_policy_bit_for_bit(tmp_path: Path) -> None:

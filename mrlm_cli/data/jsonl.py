@@ -34,7 +34,7 @@ class Json(FileDataset):
         data = content(path)
         try:
             found = json.loads(data) if data.strip() else []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter where lists lie a thousand deep in one another
             raise UserError(f"{path} is not JSON: {error}") from error
         if not isinstance(found, list):
             raise UserError(f"{path} is not a list of rows; a file of one object a line has type jsonl")
@@ -55,6 +55,6 @@ def parsed(line: bytes) -> dict[str, object] | BadRow:
     """One line's object, or why it is none."""
     try:
         found = json.loads(line)
-    except ValueError as error:  # also bytes that are no UTF-8
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and lists in lists in lists
         return BadRow("the line is not JSON", str(error))
     return found if isinstance(found, dict) else BadRow("a row is not an object", type(found).__name__)

@@ -26,7 +26,7 @@ def mean(x: Tensor, group: Tensor, included: Tensor) -> Tensor:
 def leave_one_out(x: Tensor, group: Tensor, included: Tensor) -> Tensor:
     """Mean over the *other* rows of each row's group; a row that is alone has its own x.
 
-    Ahmadian et al. 2024, "Back to Basics: Revisiting REINFORCE-Style Optimization for Learning from Human Feedback in
+    Ahmadian et al. 2024, "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in
     LLMs", the RLOO estimator (Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!").
     """
     number = size(group, included)

@@ -133,6 +133,8 @@ class DatasetSource:
                 failure = f"{len(tokens)} tokens are more than the limit of {self._max_tokens}"
                 break
             made.append((tokens, spans))
+        if failure is None and len({tokens for tokens, _ in made}) < len(made):
+            failure = "both sides are the same tokens"
         return made, failure
 
     def _tell(self, failure: str) -> None:
