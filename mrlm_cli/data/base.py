@@ -52,7 +52,8 @@ class Columns(Strict):
     messages: str = "messages"
     """Column of form chat: a list of messages, each with role and content."""
     prompt: str = "prompt"
-    """Column of forms completion and pairs: a text or a list of messages. Pairs of whole conversations share theirs."""
+    """Column of forms completion and pairs: a text or a list of messages. Pairs of whole conversations need none: their
+    prompt is what they share."""
     completion: str = "completion"
     """Column of form completion: the reply, a text or a list of messages that begins with the assistant's."""
     chosen: str = "chosen"

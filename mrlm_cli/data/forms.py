@@ -29,9 +29,10 @@ def group(row: Row, config: RowSettings, index: int, split: Split) -> Group:
     rejected = _side(_column(fields, columns.rejected), columns.rejected, "assistant")
     if chosen == rejected:
         raise BadRow("both sides are equal")
-    if fields.get(columns.prompt) is not None:
+    whole = all(side and side[0].role != "assistant" for side in (chosen, rejected))
+    if fields.get(columns.prompt) is not None and not whole:
         prompt = _side(fields[columns.prompt], columns.prompt, "user")
-    else:  # two whole conversations: the prompt is what they share
+    else:  # two whole conversations: the prompt is what they share, which a column of some datasets repeats
         common = 0
         while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
             common += 1
@@ -117,8 +118,8 @@ def before(messages: Sequence[Message]) -> int:
 
 def _begins_with_reply(messages: Sequence[Message], where: str) -> None:
     if not messages or messages[0].role != "assistant":
-        found = f"with {messages[0].role}" if messages else "empty"
-        raise BadRow("a reply does not begin with the assistant's turn", f"column {where} is {found}")
+        found = f"begins with {messages[0].role}" if messages else "is empty"
+        raise BadRow("a reply does not begin with the assistant's turn", f"column {where} {found}")
 
 
 def _check_unicode(text: str, where: str) -> None:

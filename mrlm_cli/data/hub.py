@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pydantic import model_validator
 
 from mrlm_cli.data.base import HELD_OUT, Dataset, Row, RowSettings, check_shares
+from mrlm_cli.data.parquet import what_is_there
 from mrlm_cli.errors import MissingExtra, UserError
 from mrlm_cli.records import Split
 
@@ -63,4 +64,4 @@ class Hub(Dataset):
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(f"{self.called(split)} cannot be read: {reason}") from error
         for number, fields in enumerate(table):
-            yield Row(f"{config.path}/{name}[{number}]", fields)
+            yield Row(f"{config.path}/{name}[{number}]", what_is_there(fields))
