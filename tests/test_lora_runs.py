@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mrlm_cli import api
+from mrlm_cli import api, registry
 from mrlm_cli.cli.app import main
 from mrlm_cli.errors import CheckpointError, UserError
 from mrlm_cli.policy import load, lora, pretrained
@@ -27,6 +27,7 @@ from mrlm_cli.training.loop import iteration, run
 from mrlm_cli.training.stopping import Stopper
 from mrlm_cli.training.trainer import Trainer
 from tests.data_helpers import go_back, last_values
+from tests.group_helpers import EXTRA, VARIANTS
 from tests.kit import tiny, trainer
 from tests.test_chains import digests
 from tests.test_data_algorithms import recipe as on_data
@@ -45,6 +46,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # algorithm, other 
     "dpo": ({"type": "dpo"}, {}),
     "reward_model": ({"type": "reward_model"}, {}),
     "scoring_critic": ({"type": "reward_model"}, {"model": {"value": {"type": "separate"}}}),
+    "online dpo": ({"type": "dpo"}, GROUP),
+    "group": ({"type": "group"}, GROUP),
+    **{
+        name: ({"type": name, "filter_flat": False, **EXTRA.get(name, {})}, GROUP)
+        for name in VARIANTS
+        if name not in ("grpo", "rloo")
+    },
 }
 
 
@@ -73,6 +81,10 @@ def logits(lm: Any) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = lm.eval()(input_ids=torch.arange(3, 15)[None]).logits
     return found
+
+
+def test_every_algorithm_is_tried_with_adapters() -> None:
+    assert {algorithm["type"] for algorithm, _ in CASES.values()} == set(registry.BUILT_IN["algorithms"])
 
 
 @pytest.mark.parametrize("case", CASES)
