@@ -80,6 +80,7 @@ TABLE = [
     ("usual name at the top", GOOD + "batch_size: 3\n", "14:1 batch_size", "did you mean sampling.tasks_per_step?"),
     ("unknown env key", changed("digits: 4", "digit: 4"), "5:25 environments.0.digit", "did you mean digits?"),
     ("unknown model key", changed("hidden: 32", "hiden: 32"), "3:35 model.hiden", "for type scratch; did you mean hidden?"),
+    ("key of another type", GOOD + "engine: {type: generate, cuda_graphs: true}\n", "14:26 engine.cuda_graphs", "unknown key for type generate; allowed here: type"),
     ("unknown nested key", changed("  clip:", "  kl: {coeff: 1}\n  clip:"), "10:8 algorithm.kl.coeff", "did you mean coef?"),
     ("missing name", changed("name: small\n", ""), "1:1 name", "required, and missing"),
     ("missing steps", changed("steps: 10\n", ""), "1:1 steps", "required, and missing"),

@@ -115,6 +115,7 @@ def suggestion(path: str, siblings: Sequence[str], known: Sequence[str]) -> str:
     if close:
         return f"; did you mean {close[0]}?"
     by_leaf = {key.rpartition(".")[2]: key for key in sorted(known, key=lambda key: -key.count("."))}
+    by_leaf.pop(leaf, None)  # a key of another type in this very place
     far = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.75)
     if far:
         return f"; did you mean {by_leaf[far[0]]}?"
