@@ -148,6 +148,16 @@ def sandbox() -> str:
         return f"none: {error}"
 
 
+def c_compiler() -> str:
+    """What compiles the kernels in C here; or why they cannot be had."""
+    from mrlm_cli.kernels import build
+
+    try:
+        return build.compiler()
+    except build.CannotBuild as error:
+        return f"none: {error}"
+
+
 def evaluate(
     target: str, *, recipe: str | None = None, overrides: Sequence[str] = (), best: bool = False
 ) -> Evaluation:

@@ -381,6 +381,7 @@ def test_info_is_complete(run: Run) -> None:
     assert facts["memory_mib"] > 100
     assert set(facts["extras"]) == set(plan.EXTRAS)
     assert Path(facts["recipes"]).is_dir()
+    assert facts["c compiler"]
     assert "python" in run("info")[1]
 
 

@@ -16,6 +16,8 @@ from tests.engine_helpers import (
     tiny,
 )
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 ENGINES = [pytest.param(cached, id="cached"), pytest.param(reference, id="generate")]
 
 

@@ -21,6 +21,8 @@ from tests.engine_helpers import (
     true_logits,
 )
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_equals_generate(family):

@@ -1,5 +1,7 @@
 """The packed trunk of Llama-shaped models: equal to transformers' own forward, gradients included."""
 
+import statistics
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,8 @@ from mrlm_cli.kernels.packing import pack
 from mrlm_cli.kernels.products import FrozenLinear
 from mrlm_cli.policy.trunk import checkpoint_activations
 from tests.test_policy_families import VOCABULARY, tiny
+
+pytestmark = pytest.mark.usefixtures("kernels")
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROWS, LONGEST = 6, 14
@@ -72,14 +76,15 @@ def test_equal_to_transformers(family, written_out, as_transformers, monkeypatch
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_nearer_to_float32_than_transformers_is(family, as_transformers):
-    given = batch()
-    exact = outcome(policy(family), *given)
-    packed = outcome(policy(family, precision="bfloat16"), *given)
+    batches = [batch(seed) for seed in range(1, 5)]
+    exact = [outcome(policy(family), *given) for given in batches]
+    packed = [outcome(policy(family, precision="bfloat16"), *given) for given in batches]
     as_transformers()
-    theirs = outcome(policy(family, precision="bfloat16"), *given)
+    theirs = [outcome(policy(family, precision="bfloat16"), *given) for given in batches]
 
-    def distance(one):
-        return ((one[3] - exact[3]).norm() / exact[3].norm()).item()
+    def distance(found):
+        errors = [((one[3] - true[3]).norm() / true[3].norm()).item() for one, true in zip(found, exact, strict=True)]
+        return statistics.median(errors)
 
     assert 1e-4 < distance(packed) < 0.05
     assert distance(packed) < 1.2 * distance(theirs)

@@ -8,6 +8,8 @@ import torch
 from mrlm_cli.draws import draw_key, uniforms
 from mrlm_cli.engines.sampler import sample
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 LARGEST = 1 - 2.0**-53
 EDGES = (0.0, 2.0**-53, 0.5, LARGEST)
 

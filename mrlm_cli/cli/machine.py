@@ -53,7 +53,7 @@ def export(
 
 
 def info(as_json: AsJson = False) -> None:
-    """Versions, CPUs, memory, optional packages, the sandbox for untrusted programs, where shipped recipes lie."""
+    """Versions, CPUs, memory, optional packages, the sandbox for untrusted programs, C compiler, shipped recipes."""
     facts = _facts()
     if as_json:
         print_json(facts)
@@ -83,6 +83,7 @@ def _facts() -> dict[str, Any]:
             for extra, modules in EXTRAS.items()
         },
         "sandbox": api.sandbox(),
+        "c compiler": api.c_compiler(),
         "recipes": str(next(iter(shipped("recipes").values())).parent),
     }
 

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from mrlm_cli.kernels import native
+
 
 def sample(
     logits: torch.Tensor,  # [B, V], any float type
@@ -27,6 +29,8 @@ def sample(
     """
     assert logits.ndim == 2, logits.shape
     rows, words = logits.shape
+    if native.on(logits, temperature) and temperature.dtype == torch.float32:
+        return _by_kernel(logits.contiguous(), temperature.contiguous(), uniforms.contiguous())
     greedy = temperature == 0
     scaled = bool((temperature != 1).any()) if scaled is None else scaled
     drawn = not bool(greedy.all()) if drawn is None else drawn
@@ -35,7 +39,7 @@ def sample(
         divided = divided / torch.where(greedy, torch.ones_like(temperature), temperature)[:, None]
     highest, best = divided.max(dim=-1)
 
-    size = math.isqrt(words - 1) + 1
+    size = _block_size(words)
     blocks = -(-words // size)
     mass = divided.new_zeros(rows, blocks * size)  # the tail of the last block stays at zero
     torch.sub(divided, highest[:, None], out=mass[:, :words]).exp_()
@@ -52,6 +56,37 @@ def sample(
     tokens = tokens.clamp_(max=words - 1)  # a row of NaN picks nothing; its index must still be one
     chosen = divided.gather(1, tokens[:, None])[:, 0]
     return tokens, ((chosen - highest).double() - total.log()).float()
+
+
+def _by_kernel(
+    logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    library = native.on(logits)
+    assert library is not None
+    assert uniforms.dtype == torch.float64
+    rows, words = logits.shape
+    size, threads = _block_size(words), min(rows, native.threads(logits.numel()))
+    tokens = torch.empty(rows, dtype=torch.int64)
+    logprobs = torch.empty(rows, dtype=torch.float32)
+    masses = torch.empty(threads, size, dtype=torch.float64)  # no more blocks than words in a block
+    library.draw(
+        native.at(logits),
+        native.at(temperature),
+        native.at(uniforms),
+        native.at(tokens),
+        native.at(logprobs),
+        native.at(masses),
+        rows,
+        words,
+        size,
+        native.narrow(logits),
+        threads,
+    )
+    return tokens, logprobs
+
+
+def _block_size(words: int) -> int:
+    return math.isqrt(words - 1) + 1
 
 
 def _invert(mass: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mrlm_cli.formulas import advantages, groups, kl, logprobs, losses, preferences, weights
+    from mrlm_cli.formulas import advantages, groups, kl, losses, preferences, weights
 
-__all__ = ["advantages", "groups", "kl", "logprobs", "losses", "preferences", "weights"]
+__all__ = ["advantages", "groups", "kl", "losses", "preferences", "weights"]
 
 
 def __getattr__(name: str) -> ModuleType:

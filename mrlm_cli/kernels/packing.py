@@ -22,6 +22,8 @@ class Packing:
     positions: Tensor  # int64 [N]: its place in its row
     node: Tensor  # int64 [B,T]: the prefix that ends at each place; 0 behind the end of a row
     owner: Tensor  # int64 [N]: one place b*T+t with node[b,t] == n, for each n
+    holders: Tensor  # int64 [B*T]: all places b*T+t, those of node 0 first, then those of node 1, ...
+    starts: Tensor  # int64 [N+1]: where each node's begin among them, and their number
     plain: bool  # nothing is shared and nothing is padded: node is 0 .. B*T-1 in order
 
     @property
@@ -57,11 +59,15 @@ def pack(tokens: Tensor, lengths: Tensor) -> Packing:
     flat_places = np.flatnonzero(first)
     owner = np.empty(len(flat_places), dtype=np.int64)
     owner[places.reshape(-1)[flat_places]] = flat_places
+    holders = np.argsort(places.reshape(-1), kind="stable")
+    starts = np.searchsorted(places.reshape(-1)[holders], np.arange(len(owner) + 1))
     plain = len(owner) == grid.size and bool((owner == np.arange(grid.size)).all())
     return Packing(
         tokens=torch.from_numpy(grid.reshape(-1)[owner]).to(device),
         positions=torch.from_numpy(owner % longest).to(device),
         node=torch.from_numpy(places).to(device),
         owner=torch.from_numpy(owner).to(device),
+        holders=torch.from_numpy(holders).to(device),
+        starts=torch.from_numpy(starts).to(device),
         plain=plain,
     )

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mrlm_cli.formulas.logprobs import chunked_logprobs
 from mrlm_cli.kernels.functions import Linear
 from mrlm_cli.kernels.llama import plain_linear
+from mrlm_cli.kernels.logprobs import chunked_logprobs
 from mrlm_cli.kernels.parameters import fused, steady
 from mrlm_cli.policy.lora import Base
 from mrlm_cli.policy.trunk import States, run_trunk, scale_gradient

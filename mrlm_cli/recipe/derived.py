@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 _PROCESS = 450 * MIB  # Python, torch and transformers before a model, measured on CPU
-_CHUNK_LOGITS = 2**25  # logits held at once by a scoring pass, a rule of formulas.logprobs
+_CHUNK_LOGITS = 2**25  # logits held at once by a scoring pass, a rule of kernels.logprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,8 @@ def describe() -> dict[str, Any]:
     """What machine.json holds, JSON-able. Imports torch."""
     import torch
 
+    from mrlm_cli.kernels import native
+
     return {
         "versions": {"mrlm": __version__, "python": platform.python_version()}
         | {name: _version(name) for name in _PACKAGES},
@@ -57,6 +59,7 @@ def describe() -> dict[str, Any]:
         "memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20,
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
+        "native": native.state(),
         "command": shlex.join(sys.argv),
     }
 

@@ -41,6 +41,14 @@ class Adam:
             eps=settings.eps,
             fused=True,
         )
+        # torch would make the moments at the end of the first update, in memory that its activations had: the next
+        # update's would then have to be asked for anew.
+        for parameter in self.parameters:
+            self._adam.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
     @property
     def parameters(self) -> list[nn.Parameter]:

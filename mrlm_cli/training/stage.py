@@ -16,6 +16,7 @@ from mrlm_cli.data import load as data
 from mrlm_cli.engines.base import Engine
 from mrlm_cli.envs.host import Host, Journal
 from mrlm_cli.errors import UserError
+from mrlm_cli.kernels import native
 from mrlm_cli.policy import load
 from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.recipe.sections import ModelSection
@@ -27,7 +28,7 @@ from mrlm_cli.training.rollout import Rollout
 
 
 def settled(recipe: Recipe, folders: Sequence[Path] = ()) -> Recipe:
-    """The recipe with what depends on machine and data said outright: threads, device, and the steps of its epochs.
+    """The recipe with what depends on machine and data said outright: threads, device, kernels, steps of its epochs.
 
     Raises UserError where CUDA is asked for and there is none, and for bad rows where epochs are asked for.
     """
@@ -39,8 +40,11 @@ def settled(recipe: Recipe, folders: Sequence[Path] = ()) -> Recipe:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise UserError("hardware.device is cuda, and torch sees no CUDA device; use cpu or auto")
+    in_c = recipe.hardware.native
+    if in_c is None:
+        in_c = device == "cpu" and native.missing() is None
     hardware = recipe.hardware.model_copy(
-        update={"threads": recipe.hardware.threads or default_threads(), "device": device}
+        update={"threads": recipe.hardware.threads or default_threads(), "device": device, "native": in_c}
     )
     return recipe.model_copy(update={"hardware": hardware})
 
@@ -71,6 +75,12 @@ class Stage:
         assert hardware.threads is not None
         torch.set_num_threads(hardware.threads)
         keep_memory()
+        native.use(bool(hardware.native))
+        if hardware.native and (reason := native.missing()):
+            raise UserError(
+                f"hardware.native is true, and the kernels in C cannot be compiled here: {reason}; "
+                "hardware.native=false does without, in other bits"
+            )
         self._sampling = recipe.sampling
         self._budget = recipe.optimizer.tokens_per_micro_batch
         self._phase = phase

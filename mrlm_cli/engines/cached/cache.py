@@ -64,6 +64,11 @@ class SlotCache(Cache):
         """0: rows differ in length, so positions and masks are always given explicitly."""
         return 0
 
+    def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [slots, heads, capacity, width] of a layer that has written."""
+        keys, values = self._pools[layer]
+        return keys, values
+
     @property
     def memory(self) -> list[torch.Tensor]:
         """Every pool, once layers have written."""

@@ -6,13 +6,16 @@ rows; norms, embeddings and rotary angles are the model's own, and the residual 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mrlm_cli.engines.cached.cache import SlotCache, Write
-from mrlm_cli.kernels.functions import rotate_
+from mrlm_cli.kernels import slots
+from mrlm_cli.kernels.attention import Heads, rotate_
+from mrlm_cli.kernels.between import add_rms_norm, swiglu
 from mrlm_cli.kernels.llama import WRITTEN_OUT, Trunk, plain_linear
 from mrlm_cli.kernels.low_rank import Matrix
 from mrlm_cli.kernels.products import FrozenLinear
@@ -82,23 +85,40 @@ class LlamaForward:
         cache.write = write
         x = self._trunk.model.embed_tokens(tokens).flatten(0, 1)  # [N, H], N = B x Q
         angles = self._trunk.angles(x, positions.flatten())
-        keys = torch.arange(write.width, device=tokens.device)
-        hidden = keys > positions[:, None, :, None]  # [B, 1, Q, width]
-        mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, -torch.inf)
+        attend = self._attention(cache, write, x, positions, angles)
+        addend: Tensor | None = None
         for number, (layer, qkv, out, gate_up, down) in enumerate(self._layers):
-            projected = self._trunk.norm_heads(qkv(self._norm(x, layer.input_norm)), layer)
-            attended = self._attend(cache, number, projected, angles, mask, rows, queries)
-            x = x + out(attended.to(self._dtype))
-            gate, up = gate_up(self._norm(x, layer.mlp_norm)).chunk(2, dim=-1)
-            x = x + down(torch.nn.functional.silu(gate).mul_(up))
+            x, normed = self._norm(x, addend, layer.input_norm)
+            attended = attend(number, self._trunk.norm_heads(qkv(normed), layer))
+            x, normed = self._norm(x, out(attended), layer.mlp_norm)
+            addend = down(swiglu(gate_up(normed)))
         cache.write = None
+        assert addend is not None
+        x = x + addend
         if last is not None:
             x = x.view(rows, queries, -1)[torch.arange(rows, device=x.device), last]
         logits: Tensor = self._head(self._trunk.last_norm(x).to(self._dtype))
         return logits
 
-    def _norm(self, x: Tensor, gain: Tensor) -> Tensor:
-        return torch.nn.functional.rms_norm(x, (x.shape[-1],), gain, self._trunk.eps).to(self._dtype)
+    def _norm(self, x: Tensor, addend: Tensor | None, gain: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, addend, gain, self._trunk.eps, self._dtype)
+
+    def _attention(
+        self, cache: SlotCache, write: Write, x: Tensor, positions: Tensor, angles: tuple[Tensor, Tensor]
+    ) -> Callable[[int, Tensor], Tensor]:
+        """Maps a layer's number and projected [N,(heads+2·kv_heads)·d] to [N, heads·d], in the decoding type."""
+        queries = positions.shape[1]
+        trunk = self._trunk
+        heads = Heads(trunk.heads, trunk.kv_heads)
+        if queries == 1 and write.slots is None and slots.can_attend(x, heads, 2 * angles[0].shape[-1]):
+            at = positions.flatten()
+            return lambda number, projected: slots.attend(
+                projected, angles, *cache.pools(number), at, heads, trunk.scaling
+            )
+        keys = torch.arange(write.width, device=x.device)
+        hidden = keys > positions[:, None, :, None]  # [B, 1, Q, width]
+        mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, -torch.inf)
+        return lambda number, projected: self._attend(cache, number, projected, angles, mask).to(self._dtype)
 
     def _attend(
         self,
@@ -107,10 +127,9 @@ class LlamaForward:
         projected: Tensor,
         angles: tuple[Tensor, Tensor],
         mask: Tensor,
-        rows: int,
-        queries: int,
     ) -> Tensor:
         """projected [N,(heads+2·kv_heads)·d] -> [N, heads·d] in the type of the residual stream."""
+        rows, _, queries, _ = mask.shape
         heads, kv_heads = self._trunk.heads, self._trunk.kv_heads
         x = projected.to(mask.dtype, copy=True).view(rows * queries, heads + 2 * kv_heads, -1)
         rotate_(x[:, : heads + kv_heads], *angles)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from mrlm_cli.kernels import native
+
 # 128 MiB in fp32. Each further chunk costs a pass over the head's whole gradient [V,H], so that small ones are slow.
 CHUNK_LOGITS = 2**25
 # 2 MiB in fp32.
@@ -63,7 +65,8 @@ class _LogprobAndEntropy(torch.autograd.Function):
 
     log p_j = z_j − log Σ exp z with z = logits / temperature, H = −Σ p_j log p_j;
     ∂ log p_k / ∂ z_j = [j = k] − p_j and ∂ H / ∂ z_j = −p_j (log p_j + H).
-    A few rows at a time go through all the steps, so that what lies between two steps stays in the processor's cache.
+    By the kernels in C where they can be had. Else a few rows at a time go through all the steps, so that what lies
+    between two steps stays in the processor's cache.
     """
 
     @staticmethod
@@ -72,7 +75,22 @@ class _LogprobAndEntropy(torch.autograd.Function):
         logprobs = torch.empty(len(logits), dtype=precision, device=logits.device)
         log_total = torch.empty_like(logprobs)
         entropies = torch.zeros_like(logprobs)
-        for rows in _blocks(logits):
+        logits, targets = logits.contiguous(), targets.contiguous()
+        library = native.on(logits)
+        if library is not None:
+            _check(targets, logits)
+            library.score(
+                native.at(logits),
+                native.at(targets),
+                1 / temperature,
+                native.at(logprobs),
+                native.at(log_total),
+                native.at(entropies) if entropy else None,
+                *logits.shape,
+                native.narrow(logits),
+                native.threads(logits.numel()),
+            )
+        for rows in _blocks(logits) if library is None else ():
             z = _scaled(logits[rows], temperature, precision)
             highest = z.amax(-1, keepdim=True)
             z.sub_(highest)
@@ -99,8 +117,26 @@ class _LogprobAndEntropy(torch.autograd.Function):
         logits, targets, log_total, entropies = ctx.saved_tensors
         if logprob_gradient is None:
             logprob_gradient = torch.zeros_like(log_total)
+        logprob_gradient = logprob_gradient.contiguous()
+        if entropy_gradient is not None:
+            entropy_gradient = entropy_gradient.contiguous()
         gradient = torch.empty_like(logits)
-        for rows in _blocks(logits):
+        library = native.on(logits)
+        if library is not None:
+            library.score_backward(
+                native.at(logits),
+                native.at(targets),
+                1 / ctx.temperature,
+                native.at(log_total),
+                native.at(entropies),
+                native.at(logprob_gradient),
+                native.at(entropy_gradient),
+                native.at(gradient),
+                *logits.shape,
+                native.narrow(logits),
+                native.threads(logits.numel()),
+            )
+        for rows in _blocks(logits) if library is None else ():
             of_logprob = logprob_gradient[rows, None]
             log_p = _scaled(logits[rows], ctx.temperature, log_total.dtype).sub_(log_total[rows, None])
             p = log_p.exp()
@@ -112,6 +148,12 @@ class _LogprobAndEntropy(torch.autograd.Function):
             of_z = p.mul_(slope).scatter_add_(-1, targets[rows, None], of_logprob)
             gradient[rows] = of_z if ctx.temperature == 1 else of_z.div_(ctx.temperature)
         return gradient, None, None, None
+
+
+def _check(targets: Tensor, logits: Tensor) -> None:
+    """torch's gather refuses a word outside the vocabulary; the kernels read where they are told."""
+    if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < logits.shape[1]):
+        raise RuntimeError(f"a target lies outside the vocabulary of {logits.shape[1]} words")
 
 
 def _scaled(logits: Tensor, temperature: float, precision: torch.dtype) -> Tensor:

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from mrlm_cli.formulas import logprobs
-from mrlm_cli.formulas.logprobs import chunked_logprobs
+from mrlm_cli.kernels import logprobs
+from mrlm_cli.kernels.logprobs import chunked_logprobs
 from mrlm_cli.recipe import derived
+
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def reference(hidden, targets, head, temperature):

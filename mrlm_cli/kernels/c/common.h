@@ -1,0 +1,79 @@
+/* What the kernels share: numbers of two types, an exponential that vectorises, and work dealt out to torch's threads.
+
+   A tensor of the compute type c is float32 or bfloat16 as a flag `narrow` says; inner functions take the flag as a
+   constant, so that each type has loops of its own. Sums are float32 or wider. */
+#ifndef MRLM_COMMON_H
+#define MRLM_COMMON_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef int64_t integer;
+
+INLINE float widened(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float number;
+    memcpy(&number, &wide, 4);
+    return number;
+}
+
+/* Rounds to the nearest bfloat16, ties to even, as torch does; a NaN stays one. */
+INLINE uint16_t narrowed(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, 4);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+INLINE float get(const void *numbers, integer index, const int narrow) {
+    return narrow ? widened(((const uint16_t *)numbers)[index]) : ((const float *)numbers)[index];
+}
+
+INLINE void put(void *numbers, integer index, float number, const int narrow) {
+    if (narrow)
+        ((uint16_t *)numbers)[index] = narrowed(number);
+    else
+        ((float *)numbers)[index] = number;
+}
+
+/* Where item `index` of an array of type c lies. */
+INLINE const void *from(const void *numbers, integer index, const int narrow) {
+    return (const char *)numbers + index * (narrow ? 2 : 4);
+}
+
+INLINE void *to(void *numbers, integer index, const int narrow) {
+    return (char *)numbers + index * (narrow ? 2 : 4);
+}
+
+/* e^x within 2 units in the last place of float32 for x <= 88; 0 below -87.3, where float32 has no normal number; NaN
+   of NaN. Range reduction by ln 2 in two parts (Cody & Waite 1980) and the Taylor polynomial of degree 7. */
+INLINE float exponential(float x) {
+    float bounded = x > 88.0f ? 88.0f : x;
+    float times = __builtin_rintf((bounded < -88.0f ? -88.0f : bounded) * 1.44269504089f);
+    float rest = bounded - times * 0.693359375f + times * 2.12194440054e-4f;
+    float sum = 1.0f / 5040.0f;
+    sum = sum * rest + 1.0f / 720.0f;
+    sum = sum * rest + 1.0f / 120.0f;
+    sum = sum * rest + 1.0f / 24.0f;
+    sum = sum * rest + 1.0f / 6.0f;
+    sum = sum * rest + 0.5f;
+    sum = sum * rest + 1.0f;
+    sum = sum * rest + 1.0f;
+    int32_t exponent = ((int32_t)times + 127) << 23;
+    float power;
+    memcpy(&power, &exponent, 4);
+    return x < -87.3f ? 0.0f : sum * power;
+}
+
+INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+/* Does items begin..end of a piece of work; `thread` counts from 0. */
+typedef void (*work)(const void *arguments, integer begin, integer end, int thread);
+
+/* Deals `count` items out evenly, in order, to at most `threads` threads of torch's own pool. */
+void deal(work each, const void *arguments, integer count, int threads);
+
+#endif

@@ -1,0 +1,32 @@
+#include "common.h"
+
+/* torch's OpenMP runtime: a second one would have threads of its own, which spin against torch's. */
+static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+static int (*thread_number)(void);
+static int (*thread_count)(void);
+
+typedef struct {
+    work each;
+    const void *arguments;
+    integer count;
+} share;
+
+void use_threads(void *run, void *number, void *count) {
+    parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))run;
+    thread_number = (int (*)(void))number;
+    thread_count = (int (*)(void))count;
+}
+
+static void take(void *given) {
+    const share *all = given;
+    integer number = thread_number(), threads = thread_count();
+    all->each(all->arguments, all->count * number / threads, all->count * (number + 1) / threads, (int)number);
+}
+
+void deal(work each, const void *arguments, integer count, int threads) {
+    share all = {each, arguments, count};
+    if (threads > 1 && parallel)
+        parallel(take, &all, (unsigned)threads, 0);
+    else
+        each(arguments, 0, count, 0);
+}

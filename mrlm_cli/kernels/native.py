@@ -1,0 +1,110 @@
+"""Kernels in C for what lies between matrix products on a CPU.
+
+torch's own operators do the same, and remain the reference; but each of them reads and writes its whole tensor, and
+costs a call. They are used on other devices, in other types than float32 and bfloat16, and where no C compiler is
+found. The kernels run on torch's own threads, each item by one thread in a fixed order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from mrlm_cli.kernels.build import CannotBuild, built
+
+# What each function takes, letter by letter: p a pointer, i int64, f float32; the flag of the type and the number of
+# threads follow.
+_TAKES = {
+    "rms_norm": "pppfppii",
+    "rms_norm_backward": "ppppppppii",
+    "swiglu": "ppii",
+    "swiglu_backward": "pppppii",
+    "score": "ppfpppii",
+    "score_backward": "ppfpppppii",
+    "draw": "ppppppiii",
+    "spread_heads": "pppppppppiiiii",
+    "spread_heads_backward": "ppppppppiiiiii",
+    "causal_softmax": "ppfii",
+    "causal_softmax_backward": "pppfii",
+    "join_heads": "pppiiiiii",
+    "join_heads_backward": "pppppiiiii",
+    "attend_slots": "ppppppppiiiiif",
+}
+_KINDS = {"p": c_void_p, "i": c_int64, "f": c_float}
+
+Library = ctypes.CDLL
+WIDEST_HEAD = 256  # numbers of an attention head that the kernels have room for
+
+_wanted = False
+_library: ctypes.CDLL | None = None
+_reason: str | None = None
+
+
+def use(wanted: bool) -> None:
+    """Whether the kernels are to be used from now on, where they can be."""
+    global _wanted
+    _wanted = wanted
+
+
+def missing() -> str | None:
+    """Why the kernels cannot be used on this machine; None if they can. Compiles them if need be."""
+    global _library, _reason
+    if _library is None and _reason is None:
+        try:
+            _library = _load()
+        except (CannotBuild, OSError, AttributeError) as error:
+            _reason = str(error)
+    return _reason
+
+
+def state() -> str:
+    """For a run's record: whether the kernels are there, without compiling them."""
+    return "loaded" if _library is not None else f"cannot be compiled: {_reason}" if _reason else "not asked for"
+
+
+def on(*tensors: Tensor | None) -> ctypes.CDLL | None:
+    """The library if the kernels are wanted, can be had and take these: on a CPU, float32 or bfloat16."""
+    if not _wanted:
+        return None
+    for tensor in tensors:
+        if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16)):
+            return None
+    if _library is None:
+        missing()
+    return _library
+
+
+def at(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers lie; None where there is no tensor. They must be contiguous, and outlive the call."""
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def narrow(tensor: Tensor) -> int:
+    """The flag of a type: 1 for bfloat16, 0 for float32."""
+    return int(tensor.dtype == torch.bfloat16)
+
+
+def threads(numbers: int) -> int:
+    """How many threads work on so many numbers: where there are few, waking another costs more than it saves."""
+    return torch.get_num_threads() if numbers >= 2**13 else 1
+
+
+def _load() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(built()))
+    for name, takes in _TAKES.items():
+        function = getattr(library, name)
+        function.argtypes = [*(_KINDS[letter] for letter in takes), c_int, c_int]
+        function.restype = None
+    runtime = ctypes.CDLL(torch._C.__file__)  # looks through all that torch was linked with
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    if all(hasattr(runtime, name) for name in names):
+        library.use_threads.argtypes = [c_void_p] * 3
+        library.use_threads.restype = None
+        library.use_threads(*(ctypes.cast(getattr(runtime, name), c_void_p) for name in names))
+    return library

@@ -1,0 +1,292 @@
+"""The kernels in C against torch's operators and float64, and what happens where they cannot be had."""
+
+import math
+
+import pytest
+import torch
+
+from mrlm_cli.engines.sampler import sample
+from mrlm_cli.kernels import attention, between, native, slots
+from mrlm_cli.kernels.attention import Attention, Heads
+from mrlm_cli.kernels.logprobs import chunked_logprobs
+from mrlm_cli.kernels import build
+from mrlm_cli.kernels.packing import pack
+
+TYPES = [torch.float32, torch.bfloat16]
+# Of the largest number: float32 sums in another order; bfloat16 is rounded once, to 8 bits.
+NEAR = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no kernels: {native.missing()}")
+
+
+@pytest.fixture(autouse=True)
+def switched_on(as_before):
+    native.use(True)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def numbers(*shape, seed=0, dtype=torch.float32, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+
+def near(found, exact, dtype):
+    exact = exact.double()
+    assert found.dtype == dtype
+    assert (found.double() - exact).abs().max() <= NEAR[dtype] * exact.abs().max()
+
+
+def both_ways(function, *given, **named):
+    """What the kernels give, and torch's operators in float64."""
+    found = function(*given, **named)
+    wide = [each.double() if torch.is_tensor(each) and each.is_floating_point() else each for each in given]
+    assert native.on(*(each for each in wide if torch.is_tensor(each) and each.is_floating_point())) is None
+    return found, function(*wide, **named)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 37), (90, 128)])
+def test_norm(dtype, rows, width, threads):
+    x, gain = numbers(rows, width), numbers(width, seed=1)
+    y, scale = between.rms_norm(x, gain, 1e-5, dtype)
+    exact, exact_scale = between.rms_norm(x.double(), gain.double(), 1e-5, torch.float64)
+    near(y, exact, dtype)
+    near(scale, exact_scale, torch.float32)
+
+    addend = numbers(rows, width, seed=2, dtype=dtype)
+    total, normed = between.add_rms_norm(x.clone(), addend, gain, 1e-5, dtype)
+    assert torch.equal(total, x + addend)
+    near(normed, between.rms_norm(total.double(), gain.double(), 1e-5, torch.float64)[0], dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("more", [False, True])
+def test_norm_backward(dtype, more, threads):
+    x, gain = numbers(90, 128), numbers(128, seed=1)
+    of_y = numbers(90, 128, seed=2, dtype=dtype)
+    besides = numbers(90, 128, seed=3, dtype=dtype) if more else None
+    scale = between.rms_norm(x, gain, 1e-5, dtype)[1]
+    found, exact = both_ways(between.rms_norm_backward, of_y, besides, x, gain, scale, again=True)
+    near(found[0], exact[0], torch.float32)
+    near(found[1], exact[1], torch.float32)
+    near(found[2], exact[2], dtype)
+    assert between.rms_norm_backward(of_y, besides, x, gain, scale, again=False)[2] is None
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 19), (64, 256)])
+def test_swiglu(dtype, more, rows, width, threads):
+    both = numbers(rows, 2 * width, dtype=dtype, scale=4)
+    found, exact = both_ways(between.swiglu, both)
+    near(found, exact, dtype)
+    of_y = numbers(rows, width, seed=1, dtype=dtype)
+    besides = numbers(rows, width, seed=2, dtype=dtype) if more else None
+    found, exact = both_ways(between.swiglu_backward, of_y, besides, both, again=True)
+    near(found[0], exact[0], dtype)
+    near(found[1], exact[1], dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("heads", [Heads(6, 2), Heads(4, 4), Heads(3, 1)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention(dtype, heads, shared, threads):
+    width, longest = 16, 21
+    tokens = torch.randint(0, 50, (5, longest), generator=torch.Generator().manual_seed(3))
+    tokens[:, 0] = torch.arange(5)  # rows in their own order, so that nothing need be shared
+    lengths = torch.full((5,), longest)
+    if shared:
+        tokens[1, :9], tokens[4, :15] = tokens[0, :9], tokens[0, :15]
+        lengths = torch.tensor([21, 14, 20, 5, 21])
+    packing = pack(tokens, lengths)
+    assert packing.plain is not shared
+    count = len(packing.owner)
+    angles = numbers(count, width // 2, seed=4)
+    projected = numbers(count, heads.every * width, seed=5, dtype=dtype)
+    weight = numbers(count, heads.queries * width, seed=6)
+
+    def outcome(projected, cos, sin):
+        projected = projected.clone().requires_grad_()
+        out = Attention.apply(projected, cos, sin, packing, heads, width**-0.5)
+        (out.to(weight.dtype) * weight).sum().backward()
+        return out.detach(), projected.grad
+
+    found = outcome(projected, angles.cos(), angles.sin())
+    exact = outcome(projected.double(), angles.double().cos(), angles.double().sin())
+    # In bfloat16 probabilities, and their gradients, are rounded between two products.
+    assert (found[0].double() - exact[0]).norm() <= (1e-6 if dtype == torch.float32 else 0.005) * exact[0].norm()
+    assert (found[1].double() - exact[1]).norm() <= (3e-6 if dtype == torch.float32 else 0.02) * exact[1].norm()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs(dtype, entropy, temperature, threads):
+    logits = numbers(9, 2500, dtype=dtype, scale=5)
+    targets = torch.randint(0, 2500, (9,), generator=torch.Generator().manual_seed(1))
+    weights = numbers(2, 9, seed=2)
+
+    def outcome(logits):
+        logits = logits.clone().requires_grad_()
+        logprobs, entropies = chunked_logprobs(logits, targets, lambda x: x, 2500, temperature, entropy)
+        loss = (weights[0].to(logprobs.dtype) * logprobs).sum()
+        if entropy:
+            loss = loss + (weights[1].to(logprobs.dtype) * entropies).sum()
+        loss.backward()
+        return logprobs.detach(), entropies.detach(), logits.grad
+
+    found, exact = outcome(logits), outcome(logits.double())
+    near(found[0], exact[0], torch.float32)
+    near(found[1], exact[1], torch.float32)
+    near(found[2], exact[2], dtype)
+
+
+def test_words_without_mass_and_numbers_that_are_none():
+    logits = numbers(4, 300)
+    logits[0, 7] = -math.inf
+    logits[1, 3] = math.nan
+    logits[2, 5] = math.inf
+    logits[3] = -math.inf
+    logits.requires_grad_()
+    targets = torch.tensor([8, 8, 8, 8])
+    logprobs, entropies = chunked_logprobs(logits, targets, lambda x: x, 300, 1.0, True)
+    assert logprobs[0].isfinite()
+    assert entropies[0].isfinite()
+    assert not logprobs[1:].isfinite().any()
+    assert not entropies[1:].isfinite().any()
+    (logprobs + entropies)[0].backward()
+    assert logits.grad[0].isfinite().all()
+    assert logits.grad[0, 7] == 0
+
+    drawn, chances = sample(logits.detach(), torch.ones(4), torch.rand(4, 2, dtype=torch.float64))
+    assert chances[0].isfinite()
+    assert not chances[1:].isfinite().any()
+    assert bool((drawn < 300).all())
+
+
+def test_targets_outside_the_vocabulary_are_refused():
+    for target in (-1, 300):
+        with pytest.raises(RuntimeError, match="outside the vocabulary of 300 words"):
+            chunked_logprobs(numbers(1, 300), torch.tensor([target]), lambda x: x, 300, 1.0, False)
+
+
+def test_numbers_that_are_none_stay_so_in_a_layer():
+    x, gain = numbers(3, 40), torch.ones(40)
+    x[1, 2] = math.nan
+    y, scale = between.rms_norm(x, gain, 1e-5, torch.bfloat16)
+    assert y[1].isnan().all()
+    assert scale[1].isnan()
+    assert y[::2].isfinite().all()
+    assert between.swiglu(torch.full((1, 4), math.nan)).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("words", [1, 2, 10, 5000])
+def test_draws_are_those_of_torch(dtype, words, threads):
+    rows = 40
+    logits = numbers(rows, words, dtype=dtype, scale=3)
+    logits[3, words // 2] = -math.inf if words > 1 else 0.0
+    temperature = torch.tensor([0.0, 1.0, 0.7, 1.0, 1.3]).repeat(rows // 5)
+    uniforms = torch.rand(rows, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    uniforms[:3] = 0.0
+    uniforms[3:6] = 1 - 2**-53
+    tokens, logprobs = sample(logits, temperature, uniforms)
+    native.use(False)
+    expected, exact = sample(logits.double().float(), temperature, uniforms)
+    # Masses differ in their last bits, so that a uniform between two words may fall to the other: none here.
+    assert torch.equal(tokens, expected)
+    near(logprobs, exact, torch.float32) if words > 1 else torch.testing.assert_close(logprobs, exact)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("heads", [Heads(9, 3), Heads(2, 1), Heads(4, 4), Heads(8, 2)])
+@pytest.mark.parametrize("width", [16, 64, 80])
+def test_a_step_attends_to_its_slot(dtype, heads, width, threads):
+    rows, capacity = 5, 30
+    keys, values = numbers(7, heads.keys, capacity, width), numbers(7, heads.keys, capacity, width, seed=1)
+    positions = torch.tensor([0, 29, 3, 17, 16])
+    angles = numbers(rows, width // 2, seed=2)
+    projected = numbers(rows, heads.every * width, seed=3, dtype=dtype)
+    expected_keys, expected_values = keys.double(), values.double()
+    x = projected.double().view(rows, heads.every, width)
+    attention.rotate_(x[:, : heads.queries + heads.keys], angles.double().cos(), angles.double().sin())
+    query, key, value = x.split([heads.queries, heads.keys, heads.keys], dim=1)
+    exact = []
+    for row, position in enumerate(positions.tolist()):
+        expected_keys[row, :, position], expected_values[row, :, position] = key[row], value[row]
+        mine = expected_keys[row, :, : position + 1].repeat_interleave(heads.queries // heads.keys, 0)
+        theirs = expected_values[row, :, : position + 1].repeat_interleave(heads.queries // heads.keys, 0)
+        chances = torch.softmax((mine @ query[row, :, :, None])[..., 0] * width**-0.5, dim=-1)
+        exact.append((chances[:, None] @ theirs)[:, 0].flatten())
+    assert slots.can_attend(keys, heads, width)
+    found = slots.attend(projected, (angles.cos(), angles.sin()), keys, values, positions, heads, width**-0.5)
+    near(found, torch.stack(exact), dtype)
+    near(keys, expected_keys, torch.float32)
+    near(values, expected_values, torch.float32)
+
+
+@pytest.mark.usefixtures("threads")
+def test_the_number_of_threads_changes_a_gain_alone():
+    x, gain, of_y = numbers(500, 64), numbers(64, seed=1), numbers(500, 64, seed=2)
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        y, scale = between.rms_norm(x, gain, 1e-5, torch.float32)
+        found.append((y, *between.rms_norm_backward(of_y, None, x, gain, scale, again=True)))
+    for one, other in zip(*(each[:2] for each in found), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(found[0][3], found[1][3])
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-5, atol=1e-5)
+
+
+def test_only_floats_of_a_cpu():
+    assert native.on(numbers(2)) is not None
+    assert native.on(numbers(2).double()) is None
+    native.use(False)
+    assert native.on(numbers(2)) is None
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(build.CannotBuild, match="CC is no-such-compiler, which is not there"):
+        build.built()
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(build.CannotBuild, match=r"there is no C compiler \(cc, gcc or clang\)"):
+        build.built()
+
+
+def test_a_compiler_that_refuses(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "_FLAGS", ("-no-such-flag",))
+    with pytest.raises(build.CannotBuild, match=r"ended with code 1: .*no-such-flag"):
+        build.built()
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_compiled_once_and_anew_for_another_processor(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "_FLAGS", ("-O0", "-std=c11", "-fPIC"))
+    first = build.built()
+    assert first.parent == tmp_path / "mrlm"
+    assert [first] == list(first.parent.iterdir())
+    stamp = first.stat().st_mtime_ns
+    assert build.built() == first
+    assert first.stat().st_mtime_ns == stamp
+    monkeypatch.setattr(build, "_processor", lambda: "another")
+    assert build.built() != first
+
+
+def test_a_cache_that_cannot_be_written_to(monkeypatch, tmp_path):
+    (tmp_path / "mrlm").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(build, "_FLAGS", ("-O0", "-std=c11", "-fPIC"))
+    assert (tmp_path / "temporary") in build.built().parents
