@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from mrlm_cli.engines.sampler import sample
-from mrlm_cli.kernels import attention, between, native, slots
+from mrlm_cli.kernels import attention, between, build, native, slots
 from mrlm_cli.kernels.attention import Attention, Heads
 from mrlm_cli.kernels.logprobs import chunked_logprobs
-from mrlm_cli.kernels import build
 from mrlm_cli.kernels.packing import pack
 
 TYPES = [torch.float32, torch.bfloat16]
