@@ -26,6 +26,7 @@ import torch
 
 from mrlm_cli.draws import draw_key
 from mrlm_cli.engines.cached.engine import CachedEngine
+from mrlm_cli.kernels import native
 from mrlm_cli.records import Limits, Request
 from tests.benchmarks.common import alternately, language_model, markdown
 
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--cuda-graphs", action="store_true", help="the engine replays its steps")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    native.use(True)
     lm = language_model(arguments.model, arguments.longest_prompt + arguments.new).to(arguments.device)
     results = [
         measure(lm, workload, precision, arguments)

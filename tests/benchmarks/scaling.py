@@ -21,6 +21,7 @@ import torch
 
 from mrlm_cli.draws import draw_key
 from mrlm_cli.engines.cached.engine import CachedEngine
+from mrlm_cli.kernels import native
 from mrlm_cli.policy.model import Policy
 from mrlm_cli.records import Limits, Request
 from tests.benchmarks import picture
@@ -71,6 +72,7 @@ def points(parts: list[str]) -> Iterator[dict[str, Any]]:
 def measure(model: str, batch: int, new: int, threads: int, precision: str) -> dict[str, float]:
     """Tokens per second of decoding and of the update."""
     torch.set_num_threads(threads)
+    native.use(True)
     lm = language_model(model, PROMPT + new)
     policy = Policy(lm, None, precision=precision)
     adam = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
