@@ -118,6 +118,16 @@ def test_a_runs_pairs_are_verified_and_go_into_a_recipe(tmp_path: Path) -> None:
     assert row["prompt"] == [{"role": "user", "content": first[0].transcript.views["policy"][0].content}]
     assert found.left_out == {"tasks of which no answer is wrong": 1, "tasks of which no answer is right": 1}
     assert "1 pairs; left out: 1 tasks of which no answer is wrong" in found.summary("pairs")
+    other = replace(first[0].transcript, views={"policy": (Message("user", "another"), Message("assistant", "a"))})
+    asked = [said(replace(first[0], transcript=other), "right", 1.0, 2), said(first[1], "wrong", 0.0, 2)]
+    assert pairs(asked, environments).left_out == {
+        "tasks of which the right and the wrong answers are to different prompts": 1
+    }
+    cut, broken = said(first[0], "x", 0.0, 2, ended=False), replace(first[1], stop="failed", failure="x")
+    assert pairs([cut, broken], environments).left_out == {
+        "tasks of which all episodes failed or were cut by a limit": 1
+    }
+    assert pairs([broken], environments).left_out == {"tasks of which all episodes failed": 1}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
     data = settings("data", type="jsonl", path=str(tmp_path / "pairs.jsonl"), form="pairs", validation_share=0.0)
     assert len(of(data, ()).train) == 1

@@ -125,8 +125,7 @@ def pairs(episodes: Sequence[Episode], environments: Mapping[str, Environment]) 
         wrong = [one for one in fit if component_sums(one).get(EXACT, 0.0) < 1]
         candidates = [(a, b) for a in right for b in wrong if _prompt(a) == _prompt(b)]
         if not candidates:
-            reason = f"all replies {_CUT}" if not fit else "no answer is right" if not right else "no answer is wrong"
-            left_out[f"tasks of which {reason}"] += 1
+            left_out[f"tasks of which {_unpaired(ones, right, wrong)}"] += 1
             continue
         best, worst = min(candidates, key=lambda two: _unlike(*two))
         given = len(_prompt(best))
@@ -139,6 +138,15 @@ def pairs(episodes: Sequence[Episode], environments: Mapping[str, Environment]) 
             }
         )
     return Collected(tuple(rows), left_out)
+
+
+def _unpaired(ones: Sequence[Episode], right: Sequence[Episode], wrong: Sequence[Episode]) -> str:
+    """Why a task's episodes make no pair; `right` and `wrong` are those of them that could."""
+    if not right and not wrong:
+        return f"all episodes {' or '.join(sorted({str(_unfit(one)) for one in ones}))}"
+    if not right or not wrong:
+        return f"no answer is {'wrong' if right else 'right'}"
+    return "the right and the wrong answers are to different prompts"
 
 
 def _unfit(one: Episode) -> str | None:
