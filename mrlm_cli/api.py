@@ -94,8 +94,14 @@ def train(composed: Composed, *, run_dir: Path | None = None, continue_run: bool
     recipe = settled(composed.recipe, composed.folders)
     recipe_yaml = compose.dump(recipe)
     if continue_run and path.exists() and not untrained(path):
-        if RunDirectory.open(path).recipe_yaml() != recipe_yaml:
-            raise UserError(f"{path} holds a run of another recipe; choose another with --run-dir or name=…")
+        run = RunDirectory.open(path)
+        if run.recipe_yaml() != recipe_yaml:
+            folders = tuple(Path(folder) for folder in run.origin()["folders"])
+            differs = compose.different(compose.load(path / "recipe.yaml", folders=folders).recipe, recipe)
+            raise UserError(
+                f"{path} holds a run of another recipe{differs}; "
+                f"choose another with --run-dir or name=…, or go on with it as it is: mrlm resume {path}"
+            )
         return resume(path, (), plain=plain)
     RunDirectory.refuse_existing(path)
     origin = {

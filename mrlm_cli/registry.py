@@ -109,7 +109,9 @@ def resolve(kind: str, name: str, folders: Sequence[Path] = ()) -> type[Any]:
     else:
         if name.endswith(".py"):
             raise UnknownName(f"{name!r} names a file but no class in it; write {name}:ClassName")
-        near = difflib.get_close_matches(name, table, n=1)
+        near = [known for known in table if known.casefold() == name.casefold()]
+        near += [known for known in table if sorted(known) == sorted(name)]  # two letters in each other's place
+        near += difflib.get_close_matches(name, table, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(table))}"
         raise UnknownName(f"no {kind.removesuffix('s')} is called {name!r}; {hint}")
     place, _, attribute = target.rpartition(":")

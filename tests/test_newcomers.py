@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from mrlm_cli import api, blame
+from mrlm_cli.cli.app import main
+from mrlm_cli.data.load import of
 from mrlm_cli.envs.host import Host, NoJournal
 from mrlm_cli.envs.troubles import Troubles, trace
 from mrlm_cli.errors import CheckpointError, MrlmError, ScoringError, UserError
@@ -19,6 +21,7 @@ from mrlm_cli.rewards.firewall import Scorers
 from mrlm_cli.training.journal import Journal
 from mrlm_cli.training.rundir import RunDirectory
 from tests.data_helpers import chat_row, jsonl
+from tests.kit import settings
 
 RECIPE = """
 name: mine
@@ -228,3 +231,67 @@ def test_a_run_whose_checkpoints_are_all_broken_is_not_begun_anew_over_its_recor
     with pytest.raises(CheckpointError, match=r"none of its checkpoints is whole \(step-000002 is the newest\)"):
         api.resume(run, ["steps=3"], plain=True)
     assert (run / "metrics.jsonl").read_bytes() == rows
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str:
+    assert main([*words]) == code
+    return capsys.readouterr().err
+
+
+def test_what_was_collected_is_not_overwritten_and_an_empty_file_not_written(capsys) -> None:
+    words = ["collect", "scripted:oracle", "--environment", "sort_digits", "digits=3", "--tasks", "3"]
+    assert main([*words, "--out", "rows.jsonl"]) == 0
+    before = Path("rows.jsonl").read_bytes()
+    assert "rows.jsonl: exists already" in said(capsys, *words, "--samples", "2", "--out", "rows.jsonl")
+    assert Path("rows.jsonl").read_bytes() == before
+    told = said(capsys, *words, "--pairs", "--out", "pairs.jsonl")
+    assert told == "0 pairs; left out: 3 tasks of which no answer is wrong; nothing is written\n"
+    assert not Path("pairs.jsonl").exists()
+
+
+def test_going_on_with_another_recipe_is_told_by_its_settings(capsys) -> None:
+    run = train(RECIPE)
+    Path("mine.yaml").write_text(RECIPE + "optimizer: {lr: 0.5, betas: [0.1, 0.2]}\n")
+    told = said(capsys, "train", "mine.yaml", "steps=9", "--continue")
+    assert f"{run} holds a run of another recipe (steps: 2 there, 9 here; optimizer.lr: " in told
+    assert " there, 0.5 here; optimizer.betas: " in told
+    assert f"mrlm resume {run}" in told
+    told = said(capsys, "train", "mine.yaml", "seed=9", "steps=9", "--continue")
+    assert "optimizer.betas" not in told
+    assert "; …)" in told
+
+
+@pytest.mark.parametrize(("name", "meant"), [("PPO", "ppo"), ("grop", "grpo"), ("lroo", "rloo")])
+def test_a_misspelt_name_is_known_again(name: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean {meant}\\?"):
+        resolve("algorithms", name)
+
+
+def test_a_directory_without_a_model_is_wrong_input(tmp_path: Path, capsys) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "holds no model" in said(capsys, "export", "empty", "made")
+
+
+def test_rows_of_another_form_or_file_type_are_recognised(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"q{n}", "chosen": "a", "rejected": "b"} for n in range(4)]
+    replies = [{"prompt": f"q{n}", "completion": "a"} for n in range(4)]
+    for rows, hint in (
+        (pairs, "set data.form=pairs, whose columns they have"),
+        (replies, "set data.form=completion, whose columns they have"),
+        ([*pairs, *replies], "say in data.columns how they are called"),
+        ([{"text": "a"}] * 2, "say in data.columns how they are called"),
+    ):
+        with pytest.raises(UserError, match=hint):
+            of(settings("data", type="jsonl", path=str(jsonl(tmp_path / "rows.jsonl", rows))), ())
+    (tmp_path / "list.jsonl").write_text(json.dumps([chat_row("a")] * 3, indent=1))
+    with pytest.raises(UserError, match=r"list\.jsonl is one JSON list, not an object a line; data\.type=json reads"):
+        of(settings("data", type="jsonl", path=str(tmp_path / "list.jsonl")), ())
+
+
+def test_a_dry_run_tells_how_often_rows_are_read(tmp_path: Path, capsys) -> None:
+    jsonl(tmp_path / "rows.jsonl", [chat_row(f"{n}") for n in range(10)])
+    data = "data: {type: jsonl, path: rows.jsonl, rows_per_step: 5, validation_share: 0}\nalgorithm: {type: sft}\n"
+    model = "model: {type: scratch, layers: 1, hidden: 32, context: 64}\n"
+    Path("rows.yaml").write_text(f"name: rows\nsteps: 7\n{model}{data}evaluate: {{every: 0}}\n")
+    assert main(["train", "rows.yaml", "--dry-run"]) == 0
+    assert "sft on 10 rows of data (0 held out, 0 for the test), each read 3.5 times, for 7" in capsys.readouterr().out

@@ -124,7 +124,11 @@ def test_data_and_what_a_run_is_yet_to_write(capsys: pytest.CaptureFixture[str],
     code, lines = validated(capsys, data % "runs/later.jsonl")
     assert (code, lines) == (
         0,
-        ["r.yaml: a valid recipe", "  not here yet: r.yaml:5:27 data.path: there is no file runs/later.jsonl"],
+        [
+            "r.yaml: a valid recipe",
+            "  not here yet: r.yaml:5:27 data.path: there is no file runs/later.jsonl; "
+            "mrlm collect … --out runs/later.jsonl makes it",
+        ],
     )
     chats(tmp_path / "rows.jsonl")
     assert validated(capsys, data % "./rows.jsonl")[0] == 0

@@ -301,9 +301,9 @@ def test_wrong_directories_are_refused_in_one_sentence(saved, tmp_path, monkeypa
     (directory / "policy" / "config.json").write_text(json.dumps({"model_type": "no-such-family"}))
     assert "cannot be read" in refused()
     (tmp_path / "empty").mkdir()
-    assert "holds no model" in refused(tmp_path / "empty")
+    assert "holds no model" in refused(tmp_path / "empty", UserError)
     (tmp_path / "file").write_text("x")
-    assert "is a file" in refused(tmp_path / "file")
+    assert "is a file" in refused(tmp_path / "file", UserError)
     assert "there is no model at" in refused(tmp_path / "nothing", UserError)
 
     def unreachable(*_arguments, **_options):

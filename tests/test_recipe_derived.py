@@ -23,10 +23,20 @@ def test_the_quickstarts_numbers() -> None:
     assert derived.optimizer_steps_per_iteration == 2 * 4
     assert derived.optimizer_steps == 2 * 4 * 5
     assert derived.tokens_per_step_at_most == 512 * 3 * 256
-    assert derived.chosen_tokens_per_step_at_most == 512 * 3 * 255
-    one = derive(compose.load("quickstart", ["sampling.max_turns=1", "sampling.max_tokens=64"]).recipe)
-    assert one.chosen_tokens_per_step_at_most == 512 * 8
-    assert one.tokens_per_step_at_most == 512 * 64
+    assert derived.chosen_tokens_per_step_at_most == 512 * 3 * 8  # the environment asks for one reply
+    assert derive(compose.load("quickstart", ["sampling.max_tokens=64"]).recipe).tokens_per_step_at_most == 512 * 64
+
+
+def test_several_turns_count_and_those_of_a_subclass_too(tmp_path: Path) -> None:
+    turns = ["sampling.max_turns=7"]
+    assert derive(compose.load("guess_ppo", turns).recipe).chosen_tokens_per_step_at_most == 512 * 7 * 3
+    (tmp_path / "env.py").write_text(
+        "from mrlm_cli.envs.sort_digits import SortDigits\n\n\nclass Mine(SortDigits):\n    pass\n"
+    )
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(compose.shipped("recipes")["quickstart"].read_text().replace("sort_digits", "./env.py:Mine"))
+    found = compose.load(recipe, turns)
+    assert derive(found.recipe, found.folders).chosen_tokens_per_step_at_most == 512 * 7 * 8
 
 
 def test_groups_that_may_be_refilled_count_as_often_as_they_may_be_sampled() -> None:
@@ -71,7 +81,7 @@ def test_a_model_that_is_not_here_leaves_numbers_unknown(tmp_path: Path) -> None
     )
     derived = derive(compose.load(tmp_path / "r.yaml", overrides).recipe)
     assert (derived.policy_parameters, derived.memory_estimate_mib, derived.tokens_per_step_at_most) == (None,) * 3
-    assert derived.chosen_tokens_per_step_at_most == 512 * 8 * 32
+    assert derived.chosen_tokens_per_step_at_most == 512 * 8
 
 
 @pytest.mark.parametrize("data", [b"", b"\x01", struct.pack("<Q", 10**12), struct.pack("<Q", 4) + b"[1]x"])

@@ -43,7 +43,7 @@ METRIC_VALUES = {
     "sampler_gap": 1e-6,
     "failed_rate": 0.0,
 }
-RECIPE = SimpleNamespace(name="quickstart", steps=400, hardware=SimpleNamespace(precision="float32"))
+RECIPE = SimpleNamespace(name="quickstart", steps=400, data=None, hardware=SimpleNamespace(precision="float32"))
 
 
 def episode(asked: str = "sort 750862=", said: str = "025678", reward: float = 0.86) -> Episode:
@@ -156,7 +156,7 @@ def test_bounds_are_those_that_explain_states(name: str, precision: str, pattern
 
 
 def test_every_word_belongs_to_a_metric() -> None:
-    assert all(rule.metric in METRICS for rule in (*words._RULES, *words._dependent(0, "float32", None)))
+    assert all(rule.metric in METRICS for rule in (*words._RULES, *words._dependent(0, 0, "float32", None)))
 
 
 def test_health_problems() -> None:
@@ -169,6 +169,10 @@ def test_health_problems() -> None:
     assert level("explained_variance", 0.0) == "good"
     assert level("truncated_rate", 0.6) == "watch"
     assert level("truncated_rate", 0.6, step=5) == "good"
+    assert level("truncated_rate", 0.6, step=40, steps=200) == "good"
+    assert level("truncated_rate", 0.6, step=41, steps=200) == "watch"
+    assert level("clip_fraction", 0.4, step=10) == "good"
+    assert level("clip_fraction", 0.4, step=11) == "watch"
     assert level("reward_std", 0.0) == "watch"
     assert level("reward_std", 0.1) is None
     assert level("failed_rate", 0.0) is None
@@ -318,7 +322,7 @@ def test_plain_lines(plain: tuple[PlainLines, io.StringIO, Clock]) -> None:
         "checkpoint of step 50: runs/quickstart/checkpoints/step-000050",
         "warning: odd \\x1b[2J",
         "  ... rollout: waiting for judge 3 of 64",
-        "done: step 400 after 2m24s",
+        "done: step 400 after 2m24s; its test tasks: mrlm eval runs/quickstart",
     ]
 
 
@@ -413,7 +417,7 @@ def test_a_whole_run_in_the_live_view() -> None:
     assert text.index("\x1b[?25l") < text.rindex("\x1b[?25h")  # the cursor is back
     assert text.rindex("\x1b[?25l") < text.rindex("\x1b[?25h")
     shown = final_picture(text)
-    assert "done: all 400 steps" in shown
+    assert "done: all 400 steps; its test tasks: mrlm eval runs/quickstart" in shown
     assert "held-out exact 0.31 [0.27, 0.35] step 4, best 0.31 at 4  reward 0.85  500 tasks" in shown
     assert "  sort 750862= -> 025678 -> 0.86" in shown
     assert any(

@@ -51,7 +51,7 @@ def collect(
     ] = None,
     split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "train",
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Where to write; by default the terminal.")
+        Path | None, typer.Option("--out", metavar="FILE", help="A new file; by default the terminal.")
     ] = None,
 ) -> None:
     """Write what a policy says as JSON lines: conversations for sft, or preference pairs."""
@@ -64,13 +64,18 @@ def collect(
         raise UserError("--min-reward is for conversations, not for --pairs, and --component says what it speaks of")
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no directory {out.parent}")
+    if out is not None and out.exists():
+        raise UserError(f"--out {out}: exists already; choose another file, or remove it")
     from mrlm_cli import api
 
     wanted = Wanted(tasks, samples or (8 if pairs else 1), cast(Split, split), pairs, component, least)
+    what = "pairs" if pairs else "conversations"
     found = api.collect(place, wanted, environment=environment, recipe=recipe, overrides=settings)
+    if not found.rows:
+        raise UserError(f"{found.summary(what)}; nothing is written")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
     if out is None:
         sys.stdout.write(lines)
     else:
         out.write_text(lines, encoding="utf-8")
-    print(found.summary("pairs" if pairs else "conversations"), file=sys.stderr)
+    print(found.summary(what), file=sys.stderr)

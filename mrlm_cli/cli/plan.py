@@ -55,6 +55,7 @@ def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:
         names = f"{len(loaded.train)} rows of data ({len(loaded.validation)} held out, {len(loaded.test)} for the test)"
         if recipe.data.epochs is not None:
             steps = loaded.steps(recipe.data.epochs, recipe.data.rows_per_step)
+        names += f", each read {steps * recipe.data.rows_per_step / len(loaded.train):.1f} times,"
         print("".join(f"{note}\n" for note in loaded.notes()), end="")
     print(f"{composed.path.name}: {recipe.algorithm.type} on {names} for {steps} steps, into {run_dir}")
     print("\n".join(derived_lines(derive(recipe, composed.folders))))

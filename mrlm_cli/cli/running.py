@@ -123,7 +123,8 @@ def _show(evaluation: Evaluation, as_json: bool) -> None:
         print_json(evaluation.to_json())
         return
     held_out = f"{evaluation.tasks} held-out {evaluation.unit} of split {evaluation.split}"
-    print(f"{evaluation.checkpoint}, step {evaluation.step}: {held_out}")
+    step = f", step {evaluation.step}" if evaluation.step else ""  # 0: a model or a script, which no run trained
+    print(f"{evaluation.checkpoint}{step}: {held_out}")
     reward = {} if evaluation.reward is None else {"reward": evaluation.reward}
     for name, estimate in {**evaluation.components, **reward}.items():
         print(f"  {name:<20} {estimate.mean:.3f}  95 % interval {estimate.low:.3f} to {estimate.high:.3f}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mrlm_cli.data.base import AGENT, LABEL, PREFERRED, BadRow, Group, Row, RowSettings
+from mrlm_cli.data.base import AGENT, LABEL, PREFERRED, BadRow, Columns, Group, Row, RowSettings
 from mrlm_cli.records import Message, Split, Task, Transcript
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -86,6 +86,16 @@ def message(item: Any, where: str) -> Message:
             raise BadRow(f"a message's {name} is not text", where)
     _check_unicode(content, where)
     return Message(role, content, given.get("name"), tuple(calls), given.get("tool_call_id"))
+
+
+def likely(fields: Mapping[str, Any], columns: Columns) -> str | None:
+    """The form whose columns a row has, if any."""
+    needed = {
+        "pairs": (columns.chosen, columns.rejected),
+        "completion": (columns.prompt, columns.completion),
+        "chat": (columns.messages,),
+    }
+    return next((form for form, names in needed.items() if all(fields.get(name) is not None for name in names)), None)
 
 
 def _column(fields: Mapping[str, Any], name: str) -> Any:

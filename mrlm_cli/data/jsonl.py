@@ -18,7 +18,10 @@ class Jsonl(FileDataset):
 
     def read(self, path: Path) -> Iterator[Row]:
         """See FileDataset."""
-        for number, line in enumerate(content(path).split(b"\n"), start=1):
+        data = content(path)
+        if _is_list(data):
+            raise UserError(f"{path} is one JSON list, not an object a line; data.type=json reads it")
+        for number, line in enumerate(data.split(b"\n"), start=1):
             if line.strip():
                 yield Row(f"{path}:{number}", parsed(line))
 
@@ -49,6 +52,14 @@ def content(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"the data {path} cannot be read: {error.strerror}") from error
+
+
+def _is_list(data: bytes) -> bool:
+    """Whether a file is one JSON list as a whole."""
+    try:
+        return data.lstrip().startswith(b"[") and isinstance(json.loads(data), list)
+    except ValueError:
+        return False
 
 
 def parsed(line: bytes) -> dict[str, object] | BadRow:

@@ -10,7 +10,8 @@ from math import ceil
 from pathlib import Path
 
 from mrlm_cli import registry
-from mrlm_cli.data.base import AGENT, HELD_OUT, BadRow, Dataset, DataSettings, Group, NotWanted, Row
+from mrlm_cli.data import forms
+from mrlm_cli.data.base import AGENT, HELD_OUT, BadRow, Dataset, DataSettings, Group, NotWanted, Row, RowSettings
 from mrlm_cli.draws import draw_key
 from mrlm_cli.errors import UserError
 from mrlm_cli.records import Split
@@ -84,12 +85,21 @@ def _groups(dataset: Dataset, split: Split, left_out: dict[str, list[str]]) -> l
         more = [f"and {len(bad) - _SHOWN} more bad rows"] if len(bad) > _SHOWN else []
         each = "it" if len(bad) == 1 else "them"
         missing = all(error.reason.startswith("column ") and "missing" in error.reason for _, error in bad)
-        named = "say in data.columns how they are called, " if missing else ""
+        named = _named([row for row, _ in bad], dataset.config) if missing else ""
         hint = f"mend {each}, {named}or leave {each} out with data.bad_rows=exclude"
         raise UserError("\n".join([*lines, *more, hint]))
     for row, why in bad:
         left_out.setdefault(why.reason, []).append(row.place)
     return groups
+
+
+def _named(rows: Sequence[Row], config: DataSettings) -> str:
+    """What to do besides about columns that are missing in all of these rows."""
+    found: set[str | None] = set()
+    if isinstance(config, RowSettings):
+        found = {forms.likely(row.fields, config.columns) for row in rows if not isinstance(row.fields, BadRow)}
+    form = found.pop() if len(found) == 1 else None
+    return f"set data.form={form}, whose columns they have, " if form else "say in data.columns how they are called, "
 
 
 def _shares(dataset: Dataset) -> dict[Split, float]:

@@ -83,6 +83,7 @@ class Arithmetic(Environment):
 
     components: ClassVar[dict[str, float]] = {"shaped": 1.0, "exact": 0.0}
     audited: ClassVar[bool] = True
+    single_reply: ClassVar[bool] = True
     config: Config
 
     def size(self, split: Split) -> int:

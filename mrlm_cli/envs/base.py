@@ -53,6 +53,8 @@ class Environment(ABC):
     processes with a deadline. `held_out` is False only where splits share tasks on purpose, because there is nothing
     to generalise to: evaluations then measure skill at what was trained.
 
+    `single_reply` is True where a session is over after one reply; it is not inherited, as a subclass may ask for more.
+
     Where settings decide the components, override `declared`.
 
     `agents` are the roles of a session, where settings do not decide them (then override `roles`); `players` names the
@@ -67,6 +69,7 @@ class Environment(ABC):
     players: ClassVar[tuple[str, ...]] = ()
     audited: ClassVar[bool] = False
     held_out: ClassVar[bool] = True
+    single_reply: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config

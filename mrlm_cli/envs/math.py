@@ -79,6 +79,7 @@ class Math(Environment):
 
     components: ClassVar[dict[str, float]] = {"correct": 1.0, "format": 0.1, "exact": 0.0}
     audited: ClassVar[bool] = True
+    single_reply: ClassVar[bool] = True
     config: Config
 
     def __init__(self, config: Config) -> None:

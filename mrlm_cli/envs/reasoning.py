@@ -100,6 +100,7 @@ class Reasoning(Environment):
             return self
 
     components: ClassVar[dict[str, float]] = {"score": 1.0, "format": 0.1, "exact": 0.0}
+    single_reply: ClassVar[bool] = True
     config: Config
 
     def __init__(self, config: Config) -> None:

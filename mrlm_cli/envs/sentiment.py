@@ -60,6 +60,7 @@ class Sentiment(Environment):
 
     components: ClassVar[dict[str, float]] = {"positive": 1.0, "exact": 0.0}
     audited: ClassVar[bool] = True
+    single_reply: ClassVar[bool] = True
     config: Config
 
     def __init__(self, config: Config) -> None:

@@ -40,6 +40,7 @@ class SortDigits(Environment):
 
     components: ClassVar[dict[str, float]] = {"match": 1.0, "exact": 0.0}
     audited: ClassVar[bool] = True
+    single_reply: ClassVar[bool] = True
     config: Config
 
     def size(self, split: Split) -> int:

@@ -33,20 +33,23 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 def model_directory(path: Path) -> Path:
     """The model's directory that `path` means: of a run (its newest whole checkpoint), of a checkpoint, or itself.
 
-    Raises UserError if nothing is there, CheckpointError if it is none of these.
+    Raises UserError if nothing is there or it is none of these, CheckpointError if it is broken.
     """
     path = path.expanduser()
     if not path.exists():
         raise UserError(missing(path))
     if not path.is_dir():
-        raise CheckpointError(f"{path} is a file; a model is a directory with config.json and .safetensors, or a .gguf")
+        raise UserError(f"{path} is a file; a model is a directory with config.json and .safetensors, or a .gguf")
     if is_model(path):
         return path
     return checkpoint_directory(path) / "policy"
 
 
 def checkpoint_directory(path: Path) -> Path:
-    """The whole checkpoint that `path` means: a run's newest one, or a checkpoint itself. Raises CheckpointError."""
+    """The whole checkpoint that `path` means: a run's newest one, or a checkpoint itself.
+
+    Raises CheckpointError if it is broken, UserError if `path` is neither.
+    """
     if is_model(path / "policy"):
         if (path / checkpoints.MANIFEST).is_file():
             checkpoints.verify(path)
@@ -56,7 +59,7 @@ def checkpoint_directory(path: Path) -> Path:
     if newest is None and broken:
         raise CheckpointError(f"{path} has no whole checkpoint: {broken[0]}")
     if newest is None:
-        raise CheckpointError(f"{path} holds no model: neither config.json nor policy/ nor a checkpoint of a run")
+        raise UserError(f"{path} holds no model: neither config.json nor policy/ nor a checkpoint of a run")
     print("".join(f"{text}\n" for text in broken), end="", file=sys.stderr)
     return newest.resolve()
 

@@ -151,6 +151,14 @@ def values(recipe: Recipe) -> dict[str, Any]:
     return {".".join(path): value for path, value in _leaves(recipe.model_dump(mode="json"), ())}
 
 
+def different(there: Recipe, here: Recipe) -> str:
+    """What two recipes say otherwise, in brackets, at most three settings of it; empty where they are equal."""
+    old, new = values(there), values(here)
+    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    told = [f"{key}: {as_yaml(old.get(key))} there, {as_yaml(new.get(key))} here" for key in keys]
+    return f" ({'; '.join([*told[:3], *(['…'] if told[3:] else [])])})" if told else ""
+
+
 def _finish(tree: Node, path: Path, more: Sequence[Path]) -> Composed:
     folders = _folders(path, more)
     tree = validate.absolute(tree, folders)

@@ -46,7 +46,7 @@ def derive(recipe: Recipe, folders: Sequence[Path] = ()) -> Derived:
     longest = limit if found is None or found.context is None else found.context
     if longest is not None and limit is not None:
         longest = min(longest, limit)
-    chosen = sampling.max_new_tokens * sampling.max_turns if recipe.data is None else longest
+    chosen = sampling.max_new_tokens * _turns(recipe, folders) if recipe.data is None else longest
     if longest is not None and chosen is not None:
         chosen = min(chosen, longest - 1)  # a prompt has at least one token
     needs = registry.resolve("algorithms", recipe.algorithm.type, folders)(recipe.algorithm).needs
@@ -77,6 +77,13 @@ def _learners(recipe: Recipe, folders: Sequence[Path]) -> int:
     others = {role for role, agent in recipe.agents.items() if not isinstance(agent, Learner)}
     roles = [registry.resolve("environments", each.type, folders).roles(each) for each in recipe.environments]
     return max((sum(role not in others for role in names) for names in roles), default=1)
+
+
+def _turns(recipe: Recipe, folders: Sequence[Path]) -> int:
+    """Replies that a session may ask for, at most."""
+    kinds = [registry.resolve("environments", each.type, folders) for each in recipe.environments]
+    single = all(vars(kind).get("single_reply", False) for kind in kinds)
+    return 1 if single else recipe.sampling.max_turns
 
 
 def _frozen(recipe: Recipe, found: Shape) -> int:

@@ -105,7 +105,10 @@ def _file(text: str, folders: Sequence[Path], models: Models) -> str | None:
     if place.is_dir():
         return f"{text} is a directory; expected a file"
     beside = any((folder / text).is_file() for folder in folders)
-    return f"there is no file {text}" + (f"; write ./{text}" if beside else "")
+    hint = f"; write ./{text}" if beside else ""
+    if not hint and place.parts[:1] == ("runs",) and place.suffix == ".jsonl":
+        hint = f"; mrlm collect … --out {text} makes it"
+    return f"there is no file {text}{hint}"
 
 
 def _model(text: str, folders: Sequence[Path], models: Models) -> str | None:

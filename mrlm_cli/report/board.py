@@ -55,7 +55,11 @@ class State:
 def lines(state: State, width: int, height: int, unicode: bool = True) -> list[Text]:
     """At most `height` lines, at least one, none wider than `width` cells. What matters less gives way first."""
     judgements = words.judge(
-        state.metrics, step=state.step, precision=state.precision, exact=_last_exact(state.evaluation)
+        state.metrics,
+        step=state.step,
+        steps=state.steps,
+        precision=state.precision,
+        exact=_last_exact(state.evaluation),
     )
     found_bad = words.problems(judgements)
     sections = {

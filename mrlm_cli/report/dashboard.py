@@ -46,6 +46,7 @@ class Dashboard(Listener):
         self._live: Live | None = None
         self._thread: threading.Thread | None = None
         self._size = console.size
+        self._next = ""  # what to do with the run when it is done
 
     def started(self, run: Path, recipe: Any, step: int, parameters: int) -> None:
         """See Listener; the view appears."""
@@ -53,6 +54,8 @@ class Dashboard(Listener):
             state = self._state
             state.name, state.place = self._text(recipe.name), self._text(str(run))
             state.steps, state.step = recipe.steps, step
+            if recipe.data is None:
+                self._next = f"; its test tasks: mrlm eval {state.place}"
             state.parameters, state.precision = parameters, recipe.hardware.precision
             if step:
                 self._remember(run)
@@ -98,7 +101,7 @@ class Dashboard(Listener):
 
     def finished(self, step: int) -> None:
         """See Listener."""
-        self._state.over = f"done: all {step} steps"
+        self._state.over = f"done: all {step} steps{self._next}"
 
     def close(self) -> None:
         """See Listener; may be called more than once."""

@@ -40,6 +40,7 @@ class PlainLines(Listener):
         self._step_line = -_RHYTHM  # when the last step line was written
         self._last_line = clock()
         self._exact: float | None = None
+        self._next = ""  # what to do with the run when it is done
         self._told: dict[str, int] = {}  # metric -> step at which its problem was last told
 
     def started(self, run: Path, recipe: Any, step: int, parameters: int) -> None:
@@ -49,6 +50,8 @@ class PlainLines(Listener):
         self._begun = self._clock()
         self._pace = Pace(self._begun)
         self._step_line = self._begun - _RHYTHM
+        if recipe.data is None:
+            self._next = f"; its test tasks: mrlm eval {printable(str(run))}"
         origin = f", from step {step}" if step else ""
         self._write(f"run {printable(str(run))}: {parameters:,} parameters, {recipe.steps} steps{origin}")
 
@@ -64,7 +67,7 @@ class PlainLines(Listener):
         if now - self._step_line >= _RHYTHM or step >= self._steps:
             self._step_line = now
             self._write(self._step_text(step, metrics))
-        judgements = words.judge(metrics, step=step, precision=self._precision, exact=self._exact)
+        judgements = words.judge(metrics, step=step, steps=self._steps, precision=self._precision, exact=self._exact)
         for one in words.problems(judgements):
             told = self._told.get(one.metric)
             if told is None or step - told >= max(20, self._steps // 10):
@@ -104,7 +107,7 @@ class PlainLines(Listener):
         if step == self._first:
             self._write(f"nothing to do: all {step} steps were done before; steps=N trains longer")
         else:
-            self._write(f"done: step {step} after {duration(self._clock() - self._begun)}")
+            self._write(f"done: step {step} after {duration(self._clock() - self._begun)}{self._next}")
 
     def _step_text(self, step: int, metrics: Mapping[str, float]) -> str:
         parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}"]

@@ -14,7 +14,8 @@ GOOD: Level = "good"
 WATCH: Level = "watch"
 BAD: Level = "bad"
 
-EARLY_STEPS = 10  # up to here a value function worse than a constant and a policy that does not end are usual
+EARLY_STEPS = 10  # up to here a value function worse than a constant and many clipped tokens are usual
+EARLY_SHARE = 0.2  # of a run in which a policy from scratch may still learn to end its replies
 MASTERED = 0.9  # held-out exactness above which a policy that is sure of itself is what was wanted
 
 
@@ -85,12 +86,6 @@ _RULES = (
         ),
     ),
     _Rule(
-        "clip_fraction",
-        "clipped tokens",
-        ((0.3, GOOD, "few, the steps are moderate"), (1, WATCH, "many; lower optimizer.lr or passes")),
-        share=True,
-    ),
-    _Rule(
         "value_clip_fraction",
         "clipped values",
         ((0.3, GOOD, "few"), (1, WATCH, "many; the value function is held back by value_clip")),
@@ -114,14 +109,15 @@ _GAP = {
 
 
 def judge(
-    metrics: Mapping[str, float], *, step: int, precision: str = "float32", exact: float | None = None
+    metrics: Mapping[str, float], *, step: int, steps: int = 0, precision: str = "float32", exact: float | None = None
 ) -> list[Judgement]:
     """Every metric that words are known for, in a fixed order; absent ones and uninteresting good ones are left out.
 
+    `steps` are those of the whole run, 0 where that is not known.
     `exact` is the last held-out exactness, if any: a policy without entropy is good news when it is right.
     """
     found = []
-    for rule in (*_RULES, *_dependent(step, precision, exact)):
+    for rule in (*_RULES, *_dependent(step, steps, precision, exact)):
         value = metrics.get(rule.metric)
         if value is None or math.isnan(value):
             continue
@@ -139,7 +135,7 @@ def problems(judgements: list[Judgement]) -> list[Judgement]:
     return sorted((one for one in judgements if one.level != GOOD), key=lambda one: one.level != BAD)
 
 
-def _dependent(step: int, precision: str, exact: float | None) -> tuple[_Rule, ...]:
+def _dependent(step: int, steps: int, precision: str, exact: float | None) -> tuple[_Rule, ...]:
     """The rules whose bounds depend on where the run stands."""
     mastered = exact is not None and exact >= MASTERED
     below_constant: tuple[Level, str] = (
@@ -151,8 +147,11 @@ def _dependent(step: int, precision: str, exact: float | None) -> tuple[_Rule, .
     )
     unending: tuple[Level, str] = (
         (GOOD, "many, as yet; should fall")
-        if step <= EARLY_STEPS
-        else (WATCH, "many; reward ending, or raise sampling.max_new_tokens or max_turns")
+        if step <= max(EARLY_STEPS, EARLY_SHARE * steps)
+        else (WATCH, "many; reward replies that end, or raise sampling.max_new_tokens or max_turns")
+    )
+    clipped: tuple[Level, str] = (
+        (GOOD, "many, as yet; should fall") if step <= EARLY_STEPS else (WATCH, "many; lower optimizer.lr or passes")
     )
     collapsed: tuple[Level, str] = (
         (GOOD, "sure of itself, and right")
@@ -160,6 +159,12 @@ def _dependent(step: int, precision: str, exact: float | None) -> tuple[_Rule, .
         else (WATCH, "collapsed, exploration is over; raise algorithm.entropy.coef or lower optimizer.lr")
     )
     return (
+        _Rule(
+            "clip_fraction",
+            "clipped tokens",
+            ((0.3, GOOD, "few, the steps are moderate"), (1, *clipped)),
+            share=True,
+        ),
         _Rule(
             "truncated_rate",
             "replies cut by a limit",
