@@ -261,6 +261,7 @@ def collect(
     if environment is not None and recipe is not None:
         raise UserError("the tasks are those of --environment or of --recipe, not of both")
     if environment is not None:
+        registry.resolve("environments", environment, folders)
         kept = {} if own is None else own.recipe.model_dump(mode="json", include={"model", "sampling", "hardware"})
         fields = {"name": "collect", "steps": 1, "model": {"type": "scratch"}, "algorithm": {"type": "ppo"}, **kept}
         settings = [

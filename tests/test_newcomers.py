@@ -295,3 +295,8 @@ def test_a_dry_run_tells_how_often_rows_are_read(tmp_path: Path, capsys) -> None
     Path("rows.yaml").write_text(f"name: rows\nsteps: 7\n{model}{data}evaluate: {{every: 0}}\n")
     assert main(["train", "rows.yaml", "--dry-run"]) == 0
     assert "sft on 10 rows of data (0 held out, 0 for the test), each read 3.5 times, for 7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["play"], ["collect", "scripted:oracle", "--environment"]])
+def test_an_unknown_environment_on_the_command_line_is_told_without_a_place(command: list[str], capsys) -> None:
+    assert said(capsys, *command, "gues") == "no environment is called 'gues'; did you mean guess?\n"

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 import mrlm_cli
+from mrlm_cli import registry
 from mrlm_cli.errors import RecipeError, UnknownName, UserError
 from mrlm_cli.recipe import explain, validate
 from mrlm_cli.recipe.problems import suggestion
@@ -87,8 +88,9 @@ def check(recipe: str | Path, overrides: Sequence[str] = (), overlay: str | Path
 
 
 def environment(name: str, settings: Sequence[str]) -> tuple[EnvironmentSettings, tuple[Path, ...]]:
-    """One environment by name with its settings as key=value, and where its file is looked up. Raises RecipeError."""
+    """One environment by name with its settings as key=value, and where its file is looked up. Raises UserError."""
     folders = (Path.cwd(),)
+    registry.resolve("environments", name, folders)  # a name alone: there is no file whose line could be named
     tree = read(as_yaml({"environments": [{"type": name}]}), name)
     for one in settings:
         tree = _override(tree, f"environments.0.{one}")
