@@ -49,6 +49,18 @@ def test_written_whole_with_manifest_and_latest(tmp_path: Path) -> None:
     assert checkpoint.step_of(made) == 40
 
 
+def test_whoever_may_look_into_a_folder_may_read_its_files(tmp_path: Path) -> None:
+    def fill(directory: Path) -> None:
+        (directory / "policy").mkdir(mode=0o750)
+        (directory / "own").mkdir(mode=0o700)
+        for file in (directory / "policy" / "weights", directory / "own" / "weights"):
+            file.touch(mode=0o600)
+
+    made = checkpoint.write(tmp_path / "checkpoints", 1, fill)
+    modes = [(made / place / "weights").stat().st_mode & 0o777 for place in ("policy", "own")]
+    assert modes == [0o640, 0o600]
+
+
 def test_everything_is_on_the_disk_before_the_name_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Order of events: every file and folder of the temporary fsynced, then the manifest, then the rename."""
     events = []

@@ -71,7 +71,9 @@ def fetch(name: str, to: Path | None = None) -> Path:
         raise UserError(f"cannot write to {target.parent}: {error.strerror}") from error
     try:
         _build(known, building)
-        building.chmod(0o755)  # mkdtemp makes it private
+        building.chmod(0o755)  # mkdtemp makes it private, and safetensors its files
+        for file in building.iterdir():
+            file.chmod(0o644)
         building.rename(target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error

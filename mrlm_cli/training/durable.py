@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Mapping
@@ -31,10 +32,18 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file and folder below `folder`, and `folder` itself, children first."""
+    """Flush every file and folder below `folder`, and `folder` itself, children first.
+
+    A file becomes readable to whom its folder is: safetensors makes its files private.
+    """
     for place, _, names in os.walk(folder, topdown=False):
+        readers = os.stat(place).st_mode & 0o444
         for name in names:
-            sync(Path(place, name))
+            path = Path(place, name)
+            mode = stat.S_IMODE(path.stat().st_mode)
+            if mode | readers != mode:
+                path.chmod(mode | readers)
+            sync(path)
         sync(Path(place))
 
 
