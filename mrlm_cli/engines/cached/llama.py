@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mrlm_cli.engines.cached.cache import SlotCache, Write
-from mrlm_cli.kernels import slots
+from mrlm_cli.kernels import native, slots
 from mrlm_cli.kernels.attention import Heads, rotate_
 from mrlm_cli.kernels.between import add_rms_norm, swiglu
 from mrlm_cli.kernels.llama import WRITTEN_OUT, Trunk, plain_linear
@@ -40,6 +40,7 @@ class LlamaForward:
         ]
         self._tensors = [*module.parameters(), *module.buffers()]
         self._head = FrozenLinear([Matrix(module.get_output_embeddings().weight)], [], dtype)
+        self._table = (torch.empty(0), torch.empty(0))  # rotary angles of the positions from 0
         self.refresh()
 
     @staticmethod
@@ -84,7 +85,7 @@ class LlamaForward:
         rows, queries = tokens.shape
         cache.write = write
         x = self._trunk.model.embed_tokens(tokens).flatten(0, 1)  # [N, H], N = B x Q
-        angles = self._trunk.angles(x, positions.flatten())
+        angles = self._angles(x, positions.flatten(), max(queries, write.width))
         attend = self._attention(cache, write, x, positions, angles)
         addend: Tensor | None = None
         for number, (layer, qkv, out, gate_up, down) in enumerate(self._layers):
@@ -93,12 +94,21 @@ class LlamaForward:
             x, normed = self._norm(x, out(attended), layer.mlp_norm)
             addend = down(swiglu(gate_up(normed)))
         cache.write = None
-        assert addend is not None
-        x = x + addend
         if last is not None:
-            x = x.view(rows, queries, -1)[torch.arange(rows, device=x.device), last]
-        logits: Tensor = self._head(self._trunk.last_norm(x).to(self._dtype))
+            assert addend is not None
+            x = (x + addend).view(rows, queries, -1)[torch.arange(rows, device=x.device), last]
+            addend = None
+        logits: Tensor = self._head(self._norm(x, addend, self._trunk.model.norm.weight)[1])
         return logits
+
+    def _angles(self, x: Tensor, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [N, d/2] at positions [N] below `length`; looked up where the kernels in C are used."""
+        if native.on(x) is None:
+            return self._trunk.angles(x, positions)
+        if len(self._table[0]) < length:
+            self._table = self._trunk.angles(x, torch.arange(2 * length))
+        cos, sin = self._table
+        return cos.index_select(0, positions), sin.index_select(0, positions)
 
     def _norm(self, x: Tensor, addend: Tensor | None, gain: Tensor) -> tuple[Tensor, Tensor]:
         return add_rms_norm(x, addend, gain, self._trunk.eps, self._dtype)
