@@ -81,7 +81,7 @@ def test_a_turn_feeds_only_what_is_new():
     first = request("c", prompt("c", 20), new=4)
     done = engine.generate([first])[0]
     fed = []
-    handle = module.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].shape[1]))
+    handle = module.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].numel()))
     engine.generate([request("c", first.tokens + done.tokens + (9, 9, 9), new=3)])
     handle.remove()
     assert fed == [4, 1, 1]  # the last sampled token and three new ones, then one a step

@@ -9,7 +9,9 @@ from mrlm_cli.engines.sampler import sample
 from mrlm_cli.kernels import attention, between, build, native, slots
 from mrlm_cli.kernels.attention import Attention, Heads
 from mrlm_cli.kernels.logprobs import chunked_logprobs
+from mrlm_cli.kernels.low_rank import Matrix
 from mrlm_cli.kernels.packing import pack
+from mrlm_cli.kernels.products import FrozenLinear
 
 TYPES = [torch.float32, torch.bfloat16]
 # Of the largest number: float32 sums in another order; bfloat16 is rounded once, to 8 bits.
@@ -231,6 +233,24 @@ def test_a_step_attends_to_its_slot(dtype, heads, width, threads):
     near(values, expected_values, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 2), (31, 14), (32, 64), (259, 50), (64, 33)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_few_rows(dtype, outputs, inputs, bias, threads):
+    weight = numbers(outputs, inputs, dtype=dtype)
+    offsets = [numbers(outputs, seed=1, dtype=dtype)] if bias else []
+    frozen = FrozenLinear([Matrix(weight)], offsets, dtype)
+    frozen.load()
+    if native.on(weight).can_multiply(native.narrow(weight)):
+        assert (frozen.memory[0].data_ptr() == weight.data_ptr()) is (
+            inputs == 33
+        )  # no whole pairs: nothing is laid out
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 33):
+        x = numbers(rows, inputs, seed=rows, dtype=dtype)
+        exact = x.double() @ weight.double().t() + (offsets[0].double() if bias else 0)
+        near(frozen(x), exact, dtype)
+
+
 @pytest.mark.usefixtures("threads")
 def test_the_number_of_threads_changes_a_gain_alone():
     x, gain, of_y = numbers(500, 64), numbers(64, seed=1), numbers(500, 64, seed=2)
@@ -281,6 +301,19 @@ def test_compiled_once_and_anew_for_another_processor(monkeypatch, tmp_path):
     assert first.stat().st_mtime_ns == stamp
     monkeypatch.setattr(build, "_processor", lambda: "another")
     assert build.built() != first
+
+
+def test_a_folder_that_others_can_write_to_is_left(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(build, "_FLAGS", ("-O0", "-std=c11", "-fPIC"))
+    (tmp_path / "mrlm").mkdir()
+    (tmp_path / "mrlm").chmod(0o777)
+    assert (tmp_path / "temporary") in build.built().parents
+    for folder in (tmp_path / "temporary").iterdir():
+        folder.chmod(0o770)
+    with pytest.raises(build.CannotBuild, match="no folder to keep compiled kernels in"):
+        build.built()
 
 
 def test_a_cache_that_cannot_be_written_to(monkeypatch, tmp_path):

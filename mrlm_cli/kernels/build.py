@@ -33,10 +33,12 @@ def built() -> Path:
     contents.update(f"{_version(program)} {_processor()}".encode())
     name = f"kernels-{contents.hexdigest()[:24]}.so"
     for folder in _caches():
-        if (folder / name).is_file():
-            return folder / name
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not _ours(folder):
+                continue  # another user could have put anything there
+            if (folder / name).is_file():
+                return folder / name
             with tempfile.TemporaryDirectory(dir=folder) as inside:
                 made = Path(inside) / name
                 _compile(program, sources, made)
@@ -89,6 +91,12 @@ def _caches() -> list[Path]:
     home = os.environ.get("XDG_CACHE_HOME")
     user = Path(home) if home else Path("~/.cache").expanduser()
     return [user / "mrlm", Path(tempfile.gettempdir()) / f"mrlm-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"]
+
+
+def _ours(folder: Path) -> bool:
+    """Whether nobody else can write to a folder."""
+    found = folder.stat()
+    return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
 
 
 def _version(program: str) -> str:

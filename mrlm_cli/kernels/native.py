@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_int, c_int64, c_void_p
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ _TAKES = {
     "causal_softmax_backward": "pppfii",
     "join_heads": "pppiiiiii",
     "join_heads_backward": "pppppiiiii",
+    "lay_out": "ppii",
+    "multiply": "ppppiii",
     "attend_slots": "ppppppppiiiiif",
 }
 _KINDS = {"p": c_void_p, "i": c_int64, "f": c_float}
@@ -61,8 +64,14 @@ def missing() -> str | None:
 
 
 def state() -> str:
-    """For a run's record: whether the kernels are there, without compiling them."""
-    return "loaded" if _library is not None else f"cannot be compiled: {_reason}" if _reason else "not asked for"
+    """For a run's record: the library's name, which tells sources, compiler and processor apart; compiles nothing."""
+    return (
+        Path(_library._name).stem
+        if _library is not None
+        else f"cannot be compiled: {_reason}"
+        if _reason
+        else "not asked for"
+    )
 
 
 def on(*tensors: Tensor | None) -> ctypes.CDLL | None:
@@ -101,6 +110,8 @@ def _load() -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes = [*(_KINDS[letter] for letter in takes), c_int, c_int]
         function.restype = None
+    library.can_multiply.argtypes, library.can_multiply.restype = [c_int], c_int
+    library.panel_columns.argtypes, library.panel_columns.restype = [], c_int64
     runtime = ctypes.CDLL(torch._C.__file__)  # looks through all that torch was linked with
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     if all(hasattr(runtime, name) for name in names):

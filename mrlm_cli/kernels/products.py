@@ -1,15 +1,18 @@
 """Matrix products of linear layers, each by the fastest library at hand for its type; all true to that type.
 
-On CPUs oneDNN multiplies float32 faster than torch's default library; the sums are float32 either way.
+On CPUs oneDNN multiplies float32 faster than torch's default library; the sums are float32 either way. Few rows times
+a matrix that stays are faster still by a kernel in C, where the processor has 512-bit vectors and no tiles of bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from mrlm_cli.kernels import native
 from mrlm_cli.kernels.low_rank import Matrix
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -56,9 +59,9 @@ class FrozenLinear:
     """x [N,I] -> x weightᵀ + bias [N,O] in `dtype`, over a copy of the weights laid out once for the fastest product.
 
     `parts` are matrices [O_i, I] of one width, put on top of one another. `load` takes their present values, adapters
-    merged. Without oneDNN (another device, another type, or a small matrix) nothing is laid out: a single part in the
-    right type without adapter is not even copied, and other copies stay in the memory of the first load. Nothing here
-    is differentiable.
+    merged. Where nothing is laid out (another device, another type, or a small matrix) a single part in the right type
+    without adapter is not even copied, and other copies stay in the memory of the first load. Nothing here is
+    differentiable.
     """
 
     def __init__(self, parts: Sequence[Matrix], biases: Sequence[Tensor], dtype: torch.dtype) -> None:
@@ -68,6 +71,7 @@ class FrozenLinear:
         self._bias: Tensor | None = None
         self._weight: Tensor = parts[0].weight
         self._copy: Tensor | None = None
+        self._multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = torch.nn.functional.linear
 
     @torch.no_grad()
     def load(self) -> None:
@@ -81,14 +85,8 @@ class FrozenLinear:
             if shared
             else joined(self._copy, [part.merged().detach() for part in self._parts], self._dtype)
         )
-        self._laid_out = (
-            _ONEDNN is not None
-            and weight.device.type == "cpu"
-            and weight.dtype in (torch.float32, torch.bfloat16)
-            and weight.numel() >= _WORTH_LAYING_OUT
-        )
-        self._copy = None if shared or self._laid_out else weight
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self._laid_out else weight
+        self._weight, self._multiply = _laid_out(weight)
+        self._copy = None if shared or self._weight is not weight else weight
 
     def release(self) -> None:
         """Give up the copy; `load` comes before the next product."""
@@ -101,11 +99,56 @@ class FrozenLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N,I] in `dtype` -> [N,O]."""
-        if self._laid_out:
-            assert _ONEDNN is not None
-            product: Tensor = _ONEDNN(x, self._weight, self._bias, "none", [], "")
-            return product
-        return torch.nn.functional.linear(x, self._weight, self._bias)
+        return self._multiply(x, self._weight, self._bias)
+
+
+def _laid_out(weight: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor | None], Tensor]]:
+    """weight [O,I] -> the same in the layout of the fastest product of few rows with it, and that product."""
+    outputs, inputs = weight.shape
+    library = native.on(weight)
+    if library is not None and library.can_multiply(native.narrow(weight)) and inputs % 2 == 0:
+        columns = library.panel_columns()
+        weight = weight.contiguous()
+        panels = weight.new_empty(-(-outputs // columns) * columns, inputs)
+        library.lay_out(
+            native.at(weight),
+            native.at(panels),
+            outputs,
+            inputs,
+            native.narrow(weight),
+            native.threads(weight.numel()),
+        )
+        return panels, functools.partial(_by_kernel, library, outputs)
+    if (
+        _ONEDNN is not None
+        and weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and weight.numel() >= _WORTH_LAYING_OUT
+    ):
+        return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS), _by_onednn_laid_out
+    return weight, torch.nn.functional.linear
+
+
+def _by_kernel(library: native.Library, outputs: int, x: Tensor, panels: Tensor, bias: Tensor | None) -> Tensor:
+    x = x.contiguous()
+    out = x.new_empty(len(x), outputs)
+    library.multiply(
+        native.at(x),
+        native.at(panels),
+        native.at(bias),
+        native.at(out),
+        *x.shape,
+        outputs,
+        native.narrow(x),
+        native.threads(panels.numel()),
+    )
+    return out
+
+
+def _by_onednn_laid_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    assert _ONEDNN is not None
+    product: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
+    return product
 
 
 @torch.no_grad()

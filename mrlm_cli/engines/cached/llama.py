@@ -20,6 +20,8 @@ from mrlm_cli.kernels.llama import WRITTEN_OUT, Trunk, plain_linear
 from mrlm_cli.kernels.low_rank import Matrix
 from mrlm_cli.kernels.products import FrozenLinear
 
+_NO_ANGLES = (torch.empty(0), torch.empty(0))
+
 
 class LlamaForward:
     """Drives a Llama-shaped causal LM over a SlotCache."""
@@ -40,7 +42,7 @@ class LlamaForward:
         ]
         self._tensors = [*module.parameters(), *module.buffers()]
         self._head = FrozenLinear([Matrix(module.get_output_embeddings().weight)], [], dtype)
-        self._table = (torch.empty(0), torch.empty(0))  # rotary angles of the positions from 0
+        self._table = _NO_ANGLES  # rotary angles of the positions from 0
         self.refresh()
 
     @staticmethod
@@ -67,6 +69,7 @@ class LlamaForward:
             for product in products:
                 product.release()
         self._head.release()
+        self._table = _NO_ANGLES
 
     def memory(self) -> list[Tensor]:
         """Every tensor that `run` reads besides its arguments and the cache."""
@@ -82,10 +85,12 @@ class LlamaForward:
         last: Tensor | None,  # int64 [B]: where each row's logits are asked for; None: Q is 1
     ) -> Tensor:
         """See `Forward`."""
-        rows, queries = tokens.shape
         cache.write = write
-        x = self._trunk.model.embed_tokens(tokens).flatten(0, 1)  # [N, H], N = B x Q
-        angles = self._angles(x, positions.flatten(), max(queries, write.width))
+        flat, at = tokens.flatten(), positions.flatten()
+        if write.real is not None:  # nothing but attention's own products knows of padding
+            flat, at = flat[write.real], at[write.real]
+        x = self._trunk.model.embed_tokens(flat)  # [N, H] of the N real tokens
+        angles = self._angles(x, at, max(tokens.shape[1], write.width))
         attend = self._attention(cache, write, x, positions, angles)
         addend: Tensor | None = None
         for number, (layer, qkv, out, gate_up, down) in enumerate(self._layers):
@@ -96,8 +101,10 @@ class LlamaForward:
         cache.write = None
         if last is not None:
             assert addend is not None
-            x = (x + addend).view(rows, queries, -1)[torch.arange(rows, device=x.device), last]
-            addend = None
+            ends = last + torch.arange(len(tokens), device=x.device) * tokens.shape[1]
+            if write.real is not None:
+                ends = (last + 1).cumsum(0) - 1
+            x, addend = x[ends] + addend[ends], None
         logits: Tensor = self._head(self._norm(x, addend, self._trunk.model.norm.weight)[1])
         return logits
 
@@ -138,11 +145,14 @@ class LlamaForward:
         angles: tuple[Tensor, Tensor],
         mask: Tensor,
     ) -> Tensor:
-        """projected [N,(heads+2·kv_heads)·d] -> [N, heads·d] in the type of the residual stream."""
+        """projected [N,(heads+2·kv_heads)·d] of the real tokens -> [N, heads·d] in the type of the residual stream."""
         rows, _, queries, _ = mask.shape
         heads, kv_heads = self._trunk.heads, self._trunk.kv_heads
-        x = projected.to(mask.dtype, copy=True).view(rows * queries, heads + 2 * kv_heads, -1)
+        real = None if cache.write is None else cache.write.real
+        x = projected.to(mask.dtype, copy=True).view(len(projected), heads + 2 * kv_heads, -1)
         rotate_(x[:, : heads + kv_heads], *angles)
+        if real is not None:
+            x = x.new_zeros(rows * queries, *x.shape[1:]).index_copy_(0, real, x)
         x = x.view(rows, queries, heads + 2 * kv_heads, -1).transpose(1, 2)  # [B, all heads, Q, d]
         query, key, value = x.split([heads, kv_heads, kv_heads], dim=1)
         keys, values = cache.update(key, value, number)  # [B, kv_heads, width, d]
@@ -157,4 +167,5 @@ class LlamaForward:
             scores.view(rows, heads, queries, -1).add_(mask)
             attended = torch.softmax(scores, dim=-1) @ values
             attended = attended.view(rows, heads, queries, -1)
-        return attended.transpose(1, 2).reshape(rows * queries, -1)
+        attended = attended.transpose(1, 2).reshape(rows * queries, -1)
+        return attended if real is None else attended[real]

@@ -156,9 +156,10 @@ INLINE void draw_rows(const draws *a, integer begin, integer end, int thread, co
         for (integer block = 0; block < a->blocks; block++) {
             const integer start = block * a->size;
             const integer stop = start + a->size < a->words ? start + a->size : a->words;
-            float sum = 0;
+            double sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (integer i = start; i < stop; i++) sum += exponential(get(logits, i, narrow) / divisor - highest);
+            for (integer i = start; i < stop; i++)
+                sum += (double)exponential(get(logits, i, narrow) / divisor - highest);
             masses[block] = sum;
             total += sum;
         }
