@@ -9,7 +9,7 @@ import pytest
 
 from mrlm_cli.envs import code_files, code_problems
 from mrlm_cli.envs.base import Environment
-from mrlm_cli.envs.code import Code, extracted
+from mrlm_cli.envs.code import NAMED, Code, chosen_sandbox, extracted
 from mrlm_cli.envs.code_problems import COMMONEST, HIDDEN, SHOWN, generated
 from mrlm_cli.envs.conformance import HOSTILE, SPLITS, problems
 from mrlm_cli.envs.host import Host, NoJournal
@@ -343,8 +343,11 @@ def test_no_sandbox_no_environment(monkeypatch) -> None:
     assert "NONE" in make(sandbox={"allow_unsafe": True})._sandbox.name
 
 
-def test_sessions_run_in_worker_processes() -> None:
+def test_sessions_run_in_worker_processes_and_the_sandbox_is_named_once(monkeypatch, capfd) -> None:
+    monkeypatch.setenv(NAMED, "another")
+    chosen_sandbox.cache_clear()
     settings = make().config
+    assert capfd.readouterr().err.count("sandbox: ") == 1
     with Host([settings], folders=[], workers=2, deadline=30.0, journal=NoJournal()) as host:
         assert host.thinks_apart("code")
         environment = host.environments["code"]
@@ -353,3 +356,4 @@ def test_sessions_run_in_worker_processes() -> None:
         turns = host.collect(host.step([(str(i), reply(environment.oracle(task))) for i, task in enumerate(tasks)]))
     assert not [turn for turn in turns.values() if isinstance(turn, SessionFailure)]
     assert [turn.rewards["policy"]["exact"] for turn in turns.values()] == [1.0] * 4
+    assert "sandbox: " not in capfd.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,6 +27,7 @@ from mrlm_cli.records import Message, Reply, Split, Task, Turn
 from mrlm_cli.strict import EnvironmentSettings, Names
 
 _FENCE = "```"
+NAMED = "MRLM_SANDBOX_NAMED"  # variable that tells worker processes which sandbox a person knows of
 MOST_TOLD = 200  # characters of what a program did, in feedback
 _INSTRUCTIONS = {"fenced": "\nAnswer with one block of code:\n```python\n…\n```", "plain": ""}
 
@@ -228,9 +230,14 @@ def passed(test: Case, result: Result) -> bool:
 
 @cache
 def chosen_sandbox(allow_unsafe: bool) -> Sandbox:
-    """The sandbox of this process, named on standard error once. Raises UserError where none works."""
+    """The sandbox of this process, named on standard error unless the process that started this one named the same.
+
+    Raises UserError where none works.
+    """
     sandbox = probe.choose(allow_unsafe)
-    print(f"sandbox: {sandbox.name}", file=sys.stderr)
+    if os.environ.get(NAMED) != sandbox.name:
+        print(f"sandbox: {sandbox.name}", file=sys.stderr)
+        os.environ[NAMED] = sandbox.name
     return sandbox
 
 
