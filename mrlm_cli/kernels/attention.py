@@ -85,8 +85,10 @@ class _Both:
 
 
 def _library(projected: Tensor, cos: Tensor, heads: Heads) -> native.Library | None:
-    width = projected.shape[-1] // heads.every
-    return native.on(projected, cos) if cos.dtype == torch.float32 and width <= native.WIDEST_HEAD else None
+    library = native.on(projected, cos)
+    if library is None or cos.dtype != torch.float32 or projected.shape[-1] // heads.every > library.widest_head:
+        return None
+    return library
 
 
 def _parted(projected: Tensor, cos: Tensor, sin: Tensor, packing: Packing, heads: Heads) -> tuple[_Both, _Both, Tensor]:
@@ -169,7 +171,7 @@ def _given(gradient: Tensor, packing: Packing, heads: Heads, wide: torch.dtype) 
     """The gradient of `_joined`: [N, heads*d] -> [B*kv, g*T, d]; a shared position is attended from once."""
     rows, longest = packing.rows
     width = gradient.shape[-1] // heads.queries
-    if (library := native.on(gradient)) and wide == torch.float32 and width <= native.WIDEST_HEAD:
+    if (library := native.on(gradient)) and wide == torch.float32 and width <= library.widest_head:
         out = gradient.new_empty(rows * heads.keys, heads.queries // heads.keys * longest, width, dtype=torch.float32)
         own = out if gradient.dtype == wide else torch.empty_like(out, dtype=gradient.dtype)
         library.join_heads_backward(
@@ -216,7 +218,7 @@ def _collected(
     """The gradient of `_parted`: those of queries, keys and values, summed over the rows that share a position."""
     rows, longest = packing.rows
     width, dtype = of_key.shape[-1], of_key.dtype
-    if (library := native.on(of_query, cos)) and width <= native.WIDEST_HEAD:
+    if (library := native.on(of_query, cos)) and width <= library.widest_head:
         found = of_query.new_empty(len(cos), heads.every * width)
         library.spread_heads_backward(
             native.at(of_query),

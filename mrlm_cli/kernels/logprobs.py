@@ -71,37 +71,9 @@ class _LogprobAndEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
-        precision = torch.promote_types(logits.dtype, torch.float32)
-        logprobs = torch.empty(len(logits), dtype=precision, device=logits.device)
-        log_total = torch.empty_like(logprobs)
-        entropies = torch.zeros_like(logprobs)
         logits, targets = logits.contiguous(), targets.contiguous()
-        library = native.on(logits)
-        if library is not None:
-            _check(targets, logits)
-            library.score(
-                native.at(logits),
-                native.at(targets),
-                1 / temperature,
-                native.at(logprobs),
-                native.at(log_total),
-                native.at(entropies) if entropy else None,
-                *logits.shape,
-                native.narrow(logits),
-                native.threads(logits.numel()),
-            )
-        for rows in _blocks(logits) if library is None else ():
-            z = _scaled(logits[rows], temperature, precision)
-            highest = z.amax(-1, keepdim=True)
-            z.sub_(highest)
-            chosen = z.gather(-1, targets[rows, None])[:, 0]
-            weights = z.exp()
-            total = weights.sum(-1)
-            logprobs[rows] = chosen - total.log()
-            log_total[rows] = highest[:, 0] + total.log()
-            if entropy:
-                z.clamp_(min=torch.finfo(precision).min)  # 0 · log 0 is 0, not NaN; a NaN stays one
-                entropies[rows] = total.log() - weights.mul_(z).sum(-1) / total
+        score = _score_by_torch if native.on(logits) is None else _score_by_kernel
+        logprobs, log_total, entropies = score(logits, targets, temperature, entropy)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
         ctx.set_materialize_grads(False)  # no gradient of the entropies is less work than one of zeros
@@ -117,43 +89,112 @@ class _LogprobAndEntropy(torch.autograd.Function):
         logits, targets, log_total, entropies = ctx.saved_tensors
         if logprob_gradient is None:
             logprob_gradient = torch.zeros_like(log_total)
-        logprob_gradient = logprob_gradient.contiguous()
-        if entropy_gradient is not None:
-            entropy_gradient = entropy_gradient.contiguous()
-        gradient = torch.empty_like(logits)
-        library = native.on(logits)
-        if library is not None:
-            library.score_backward(
-                native.at(logits),
-                native.at(targets),
-                1 / ctx.temperature,
-                native.at(log_total),
-                native.at(entropies),
-                native.at(logprob_gradient),
-                native.at(entropy_gradient),
-                native.at(gradient),
-                *logits.shape,
-                native.narrow(logits),
-                native.threads(logits.numel()),
-            )
-        for rows in _blocks(logits) if library is None else ():
-            of_logprob = logprob_gradient[rows, None]
-            log_p = _scaled(logits[rows], ctx.temperature, log_total.dtype).sub_(log_total[rows, None])
-            p = log_p.exp()
-            if entropy_gradient is not None:
-                log_p.clamp_(min=torch.finfo(log_p.dtype).min)
-                slope = log_p.add_(entropies[rows, None]).mul_(-entropy_gradient[rows, None]).sub_(of_logprob)
-            else:
-                slope = -of_logprob
-            of_z = p.mul_(slope).scatter_add_(-1, targets[rows, None], of_logprob)
-            gradient[rows] = of_z if ctx.temperature == 1 else of_z.div_(ctx.temperature)
+        of_entropy = None if entropy_gradient is None else entropy_gradient.contiguous()
+        backward = _score_backward_by_torch if native.on(logits) is None else _score_backward_by_kernel
+        gradient = backward(
+            logits, targets, ctx.temperature, log_total, entropies, logprob_gradient.contiguous(), of_entropy
+        )
         return gradient, None, None, None
 
 
-def _check(targets: Tensor, logits: Tensor) -> None:
-    """torch's gather refuses a word outside the vocabulary; the kernels read where they are told."""
-    if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < logits.shape[1]):
+def _score_by_torch(
+    logits: Tensor, targets: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log p[target], log Σ exp z and H (zeros unless `entropy`), all [n]."""
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    logprobs = torch.empty(len(logits), dtype=precision, device=logits.device)
+    log_total = torch.empty_like(logprobs)
+    entropies = torch.zeros_like(logprobs)
+    for rows in _blocks(logits):
+        z = _scaled(logits[rows], temperature, precision)
+        highest = z.amax(-1, keepdim=True)
+        z.sub_(highest)
+        chosen = z.gather(-1, targets[rows, None])[:, 0]
+        weights = z.exp()
+        total = weights.sum(-1)
+        logprobs[rows] = chosen - total.log()
+        log_total[rows] = highest[:, 0] + total.log()
+        if entropy:
+            z.clamp_(min=torch.finfo(precision).min)  # 0 · log 0 is 0, not NaN; a NaN stays one
+            entropies[rows] = total.log() - weights.mul_(z).sum(-1) / total
+    return logprobs, log_total, entropies
+
+
+def _score_by_kernel(
+    logits: Tensor, targets: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    library = native.on(logits)
+    assert library is not None
+    # torch's gather refuses a word outside the vocabulary; the kernel reads where it is told.
+    if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= logits.shape[1]):
         raise RuntimeError(f"a target lies outside the vocabulary of {logits.shape[1]} words")
+    logprobs, log_total = logits.new_empty(2, len(logits), dtype=torch.float32)
+    entropies = torch.zeros_like(logprobs)
+    library.score(
+        native.at(logits),
+        native.at(targets),
+        1 / temperature,
+        native.at(logprobs),
+        native.at(log_total),
+        native.at(entropies if entropy else None),
+        *logits.shape,
+        native.narrow(logits),
+        native.threads(logits.numel()),
+    )
+    return logprobs, log_total, entropies
+
+
+def _score_backward_by_torch(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    log_total: Tensor,
+    entropies: Tensor,
+    of_logprobs: Tensor,
+    of_entropies: Tensor | None,
+) -> Tensor:
+    """The gradient of the logits [n,V], in their type."""
+    gradient = torch.empty_like(logits)
+    for rows in _blocks(logits):
+        of_logprob = of_logprobs[rows, None]
+        log_p = _scaled(logits[rows], temperature, log_total.dtype).sub_(log_total[rows, None])
+        p = log_p.exp()
+        if of_entropies is not None:
+            log_p.clamp_(min=torch.finfo(log_p.dtype).min)
+            slope = log_p.add_(entropies[rows, None]).mul_(-of_entropies[rows, None]).sub_(of_logprob)
+        else:
+            slope = -of_logprob
+        of_z = p.mul_(slope).scatter_add_(-1, targets[rows, None], of_logprob)
+        gradient[rows] = of_z if temperature == 1 else of_z.div_(temperature)
+    return gradient
+
+
+def _score_backward_by_kernel(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    log_total: Tensor,
+    entropies: Tensor,
+    of_logprobs: Tensor,
+    of_entropies: Tensor | None,
+) -> Tensor:
+    library = native.on(logits)
+    assert library is not None
+    gradient = torch.empty_like(logits)
+    library.score_backward(
+        native.at(logits),
+        native.at(targets),
+        1 / temperature,
+        native.at(log_total),
+        native.at(entropies),
+        native.at(of_logprobs),
+        native.at(of_entropies),
+        native.at(gradient),
+        *logits.shape,
+        native.narrow(logits),
+        native.threads(logits.numel()),
+    )
+    return gradient
 
 
 def _scaled(logits: Tensor, temperature: float, precision: torch.dtype) -> Tensor:

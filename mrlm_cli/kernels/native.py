@@ -38,11 +38,20 @@ _TAKES = {
 }
 _KINDS = {"p": c_void_p, "i": c_int64, "f": c_float}
 
-Library = ctypes.CDLL
-WIDEST_HEAD = 256  # numbers of an attention head that the kernels have room for
+
+class Library(ctypes.CDLL):
+    """The compiled kernels, and the sizes that their callers must know (`c/common.h`)."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.stem = path.stem
+        self.widest_head, self.lanes, self.together, self.columns = (
+            c_int64.in_dll(self, name).value for name in ("widest_head", "lanes", "together", "columns")
+        )
+
 
 _wanted = False
-_library: ctypes.CDLL | None = None
+_library: Library | None = None
 _reason: str | None = None
 
 
@@ -58,23 +67,19 @@ def missing() -> str | None:
     if _library is None and _reason is None:
         try:
             _library = _load()
-        except (CannotBuild, OSError, AttributeError) as error:
+        except (CannotBuild, OSError, AttributeError, ValueError) as error:
             _reason = str(error)
     return _reason
 
 
 def state() -> str:
     """For a run's record: the library's name, which tells sources, compiler and processor apart; compiles nothing."""
-    return (
-        Path(_library._name).stem
-        if _library is not None
-        else f"cannot be compiled: {_reason}"
-        if _reason
-        else "not asked for"
-    )
+    if _library is not None:
+        return _library.stem
+    return "not asked for" if _reason is None else f"cannot be compiled: {_reason}"
 
 
-def on(*tensors: Tensor | None) -> ctypes.CDLL | None:
+def on(*tensors: Tensor | None) -> Library | None:
     """The library if the kernels are wanted, can be had and take these: on a CPU, float32 or bfloat16."""
     if not _wanted:
         return None
@@ -104,14 +109,13 @@ def threads(numbers: int) -> int:
     return torch.get_num_threads() if numbers >= 2**13 else 1
 
 
-def _load() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(built()))
+def _load() -> Library:
+    library = Library(built())
     for name, takes in _TAKES.items():
         function = getattr(library, name)
         function.argtypes = [*(_KINDS[letter] for letter in takes), c_int, c_int]
         function.restype = None
     library.can_multiply.argtypes, library.can_multiply.restype = [c_int], c_int
-    library.panel_columns.argtypes, library.panel_columns.restype = [], c_int64
     runtime = ctypes.CDLL(torch._C.__file__)  # looks through all that torch was linked with
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     if all(hasattr(runtime, name) for name in names):

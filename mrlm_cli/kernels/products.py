@@ -107,9 +107,8 @@ def _laid_out(weight: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor 
     outputs, inputs = weight.shape
     library = native.on(weight)
     if library is not None and library.can_multiply(native.narrow(weight)) and inputs % 2 == 0:
-        columns = library.panel_columns()
         weight = weight.contiguous()
-        panels = weight.new_empty(-(-outputs // columns) * columns, inputs)
+        panels = weight.new_empty(-(-outputs // library.columns) * library.columns, inputs)
         library.lay_out(
             native.at(weight),
             native.at(panels),

@@ -8,17 +8,15 @@ from torch import Tensor
 from mrlm_cli.kernels import native
 from mrlm_cli.kernels.attention import Heads
 
-_LANES = 16  # numbers that the kernel takes at once: a head's width is a multiple
-_TOGETHER = 3  # queries of one key that the kernel takes at once
-
 
 def can_attend(like: Tensor, heads: Heads, width: int) -> bool:
     """Whether `attend` works on tensors like this one, with heads of so many numbers."""
+    library = native.on(like)
     return (
-        native.on(like) is not None
+        library is not None
         and like.dtype == torch.float32
-        and width % _LANES == 0
-        and width <= native.WIDEST_HEAD
+        and width % library.lanes == 0
+        and width <= library.widest_head
     )
 
 
@@ -37,7 +35,7 @@ def attend(
     rows, capacity, width = len(projected), keys.shape[2], keys.shape[3]
     threads = min(rows * heads.keys, native.threads(rows * capacity * width))
     out = projected.new_empty(rows, heads.queries * width)
-    scores = keys.new_empty(threads * _TOGETHER * capacity)
+    scores = keys.new_empty(threads * library.together * capacity)
     library.attend_slots(
         native.at(projected),
         *map(native.at, angles),

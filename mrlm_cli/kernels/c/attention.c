@@ -5,8 +5,6 @@
    numbers; the heads / kv_heads = g queries of one key head lie together. */
 #include "common.h"
 
-#define WIDEST 256 /* d at most */
-
 /* Halves (a, b) -> (a cos - b sin, b cos + a sin), times a factor; `turn` -1 is the inverse. */
 INLINE void rotated(const float *x, const float *cos, const float *sin, float turn, float factor, float *out,
                     const integer half) {
@@ -54,7 +52,7 @@ INLINE void spread_places(const spreading *a, integer begin, integer end, const 
     for (integer place = begin; place < end; place++) {
         const integer node = a->node[place];
         const float *cos = a->cos + node * half, *sin = a->sin + node * half;
-        float x[WIDEST];
+        float x[WIDEST_HEAD];
         for (integer head = 0; head < s->heads + s->kv_heads; head++) {
             const int is_key = head >= s->heads;
             const integer at = is_key ? place_of(s, place, head - s->heads, s->kv_heads)
@@ -260,7 +258,7 @@ INLINE void collect_nodes(const collecting *a, integer begin, integer end, const
             const void *source = is_query ? a->of_query : is_value ? a->of_value : a->of_key;
             const integer number = is_query ? head : is_value ? head - s->heads - s->kv_heads : head - s->heads;
             const integer all = is_query ? s->heads : s->kv_heads;
-            float sum[WIDEST], out[WIDEST];
+            float sum[WIDEST_HEAD], out[WIDEST_HEAD];
             for (integer i = 0; i < s->width; i++) sum[i] = 0;
             for (integer holder = a->starts[node]; holder < a->starts[node + 1]; holder++) {
                 const void *one = from(source, place_of(s, a->holders[holder], number, all), narrow);

@@ -13,6 +13,12 @@
 
 typedef int64_t integer;
 
+/* Sizes that callers must know too; deal.c exports them. */
+#define WIDEST_HEAD 256 /* numbers of an attention head that there is room for */
+#define LANES 16        /* of which a decoding step takes so many at once */
+#define TOGETHER 3      /* queries that share the reading of a key there */
+#define COLUMNS 32      /* outputs of a matrix in a panel */
+
 INLINE float widened(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
     float number;

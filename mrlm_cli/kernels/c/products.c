@@ -6,8 +6,7 @@
 #include "common.h"
 
 #define ROWS 8
-#define VECTORS 2
-#define COLUMNS (16 * VECTORS)
+#define VECTORS (COLUMNS / 16)
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -23,8 +22,6 @@
 
 /* Whether `multiply` is there for a type. */
 int can_multiply(int narrow) { return narrow ? NARROW_PRODUCTS : WIDE_PRODUCTS; }
-
-integer panel_columns(void) { return COLUMNS; }
 
 typedef struct {
     const void *weight; /* c [outputs, inputs] */

@@ -1,17 +1,13 @@
 /* A decoding step's attention: one query of each row against the keys and values of its slot. */
 #include "common.h"
 
-#define WIDEST 256 /* d at most */
-#define LANES 16
-#define TOGETHER 3 /* queries that share the reading of a key */
-
 /* Compilers cut it into what the processor has. */
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
 
-INLINE float summed(lanes x) {
+INLINE float summed(vector x) {
     typedef float eight __attribute__((vector_size(32)));
     typedef float four __attribute__((vector_size(16)));
-    union { lanes whole; eight half[2]; } first = {x};
+    union { vector whole; eight half[2]; } first = {x};
     union { eight whole; four half[2]; } second = {first.half[0] + first.half[1]};
     four rest = second.half[0] + second.half[1];
     return (rest[0] + rest[1]) + (rest[2] + rest[3]);
@@ -33,12 +29,12 @@ INLINE void dots(const float *query, const float *keys, const float *next, float
                  const integer width, const int count) {
     const integer parts = width / LANES;
     for (integer t = 0; t < seen; t++) {
-        const lanes *key = (const lanes *)(keys + t * width);
-        lanes sums[TOGETHER];
+        const vector *key = (const vector *)(keys + t * width);
+        vector sums[TOGETHER];
         for (integer part = 0; part < parts; part++) __builtin_prefetch(next + t * width + part * LANES);
-        for (int i = 0; i < count; i++) sums[i] = ((const lanes *)(query + i * width))[0] * key[0];
+        for (int i = 0; i < count; i++) sums[i] = ((const vector *)(query + i * width))[0] * key[0];
         for (integer part = 1; part < parts; part++)
-            for (int i = 0; i < count; i++) sums[i] += ((const lanes *)(query + i * width))[part] * key[part];
+            for (int i = 0; i < count; i++) sums[i] += ((const vector *)(query + i * width))[part] * key[part];
         for (int i = 0; i < count; i++) scores[i * stride + t] = summed(sums[i]);
     }
 }
@@ -47,17 +43,17 @@ INLINE void dots(const float *query, const float *keys, const float *next, float
 INLINE void mixed(const float *chances, integer stride, const float *values, const float *next, float *out,
                   integer seen, const integer width, const int count) {
     const integer parts = width / LANES;
-    lanes sums[TOGETHER][WIDEST / LANES];
+    vector sums[TOGETHER][WIDEST_HEAD / LANES];
     for (int i = 0; i < count; i++)
-        for (integer part = 0; part < parts; part++) sums[i][part] = (lanes){0};
+        for (integer part = 0; part < parts; part++) sums[i][part] = (vector){0};
     for (integer t = 0; t < seen; t++) {
-        const lanes *value = (const lanes *)(values + t * width);
+        const vector *value = (const vector *)(values + t * width);
         for (integer part = 0; part < parts; part++) __builtin_prefetch(next + t * width + part * LANES);
         for (integer part = 0; part < parts; part++)
             for (int i = 0; i < count; i++) sums[i][part] += chances[i * stride + t] * value[part];
     }
     for (int i = 0; i < count; i++)
-        for (integer part = 0; part < parts; part++) *(lanes *)(out + i * width + part * LANES) = sums[i][part];
+        for (integer part = 0; part < parts; part++) *(vector *)(out + i * width + part * LANES) = sums[i][part];
 }
 
 static void soften(float *scores, integer seen) {
@@ -110,7 +106,7 @@ INLINE void step_heads(const step *a, integer begin, integer end, int thread, co
         for (integer i = 0; i < width; i++) values[position * width + i] = get(value, i, narrow);
         for (integer first = 0; first < group; first += TOGETHER) {
             const int count = group - first < TOGETHER ? (int)(group - first) : TOGETHER;
-            float query[TOGETHER * WIDEST], out[TOGETHER * WIDEST];
+            float query[TOGETHER * WIDEST_HEAD], out[TOGETHER * WIDEST_HEAD];
             for (int i = 0; i < count; i++)
                 rotated_head(from(projected, (head * group + first + i) * width, narrow), cos, sin, a->scaling,
                              query + i * width, width, narrow);
