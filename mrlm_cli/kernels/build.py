@@ -88,9 +88,10 @@ def _compile(program: str, sources: list[Path], library: Path) -> None:
 
 
 def _caches() -> list[Path]:
-    home = os.environ.get("XDG_CACHE_HOME")
-    user = Path(home) if home else Path("~/.cache").expanduser()
-    return [user / "mrlm", Path(tempfile.gettempdir()) / f"mrlm-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"]
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    number = os.getuid() if hasattr(os, "getuid") else "user"
+    homes = [] if user.startswith("~") else [Path(user) / "mrlm"]  # left as it is where there is no home
+    return [*homes, Path(tempfile.gettempdir()) / f"mrlm-{number}"]
 
 
 def _ours(folder: Path) -> bool:

@@ -30,14 +30,16 @@ HERE = Path(__file__).resolve().parent
 GRPO_KL = ["--precision", "bfloat16", "--algorithm", "grpo", "--kl", "0.04", "--entropy", "0"]
 # TRL's defaults: no KL, so no reference. Entropy is measured on both sides.
 GRPO, TRL_DEFAULTS = [*GRPO_KL, "--kl", "0"], ["--beta", "0"]
+# Micro-batches as a recipe has them by default, where memory is no question; TRL's are 8 rows by default.
+TINY = ["--model", "tiny", "--tokens-per-micro-batch", "4096"]
 # case -> (our arguments, the peer's script, the peer's arguments)
 CASES: dict[str, tuple[list[str], str, list[str]]] = {
-    "ppo-tiny": (["--model", "tiny", "--precision", "bfloat16"], "trl_ppo.py", ["--model", "tiny"]),
+    "ppo-tiny": ([*TINY, "--precision", "bfloat16"], "trl_ppo.py", ["--model", "tiny"]),
     "ppo-smollm2": (["--precision", "bfloat16"], "trl_ppo.py", ["--model", "smol"]),
     "ppo-smollm2-critic": (["--precision", "bfloat16", "--value", "separate"], "trl_ppo.py", ["--model", "smol"]),
     "ppo-smollm2-fp32": (["--precision", "float32"], "trl_ppo.py", ["--model", "smol", "--bf16", "0"]),
-    "grpo-tiny": (["--model", "tiny", *GRPO], "trl_grpo.py", ["--model", "tiny", *TRL_DEFAULTS]),
-    "grpo-tiny-kl": (["--model", "tiny", *GRPO_KL], "trl_grpo.py", ["--model", "tiny"]),
+    "grpo-tiny": ([*TINY, *GRPO], "trl_grpo.py", ["--model", "tiny", *TRL_DEFAULTS]),
+    "grpo-tiny-kl": ([*TINY, *GRPO_KL], "trl_grpo.py", ["--model", "tiny"]),
     "grpo-smollm2": (GRPO, "trl_grpo.py", ["--model", "smol", *TRL_DEFAULTS]),
     "grpo-smollm2-kl": (GRPO_KL, "trl_grpo.py", ["--model", "smol"]),
 }
