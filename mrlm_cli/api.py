@@ -95,9 +95,9 @@ def train(composed: Composed, *, run_dir: Path | None = None, continue_run: bool
     recipe_yaml = compose.dump(recipe)
     if continue_run and path.exists() and not untrained(path):
         run = RunDirectory.open(path)
-        if run.recipe_yaml() != recipe_yaml:
-            folders = tuple(Path(folder) for folder in run.origin()["folders"])
-            differs = compose.different(compose.load(path / "recipe.yaml", folders=folders).recipe, recipe)
+        folders = tuple(Path(folder) for folder in run.origin()["folders"])
+        there = compose.load(path / "recipe.yaml", folders=folders).recipe
+        if differs := compose.different(there, composed.recipe, recipe):
             raise UserError(
                 f"{path} holds a run of another recipe{differs}; "
                 f"choose another with --run-dir or name=…, or go on with it as it is: mrlm resume {path}"

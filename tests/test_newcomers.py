@@ -261,6 +261,20 @@ def test_going_on_with_another_recipe_is_told_by_its_settings(capsys) -> None:
     assert "; …)" in told
 
 
+def test_a_run_from_before_a_setting_was_there_is_gone_on_with(capsys) -> None:
+    run = train(RECIPE)
+    stored = (run / "recipe.yaml").read_text().splitlines(keepends=True)
+    older = [line for line in stored if not line.startswith(("  native:", "  precision:"))]
+    assert len(older) == len(stored) - 2
+    (run / "recipe.yaml").write_text("".join(older))
+    assert api.train(api.load_recipe("mine.yaml"), continue_run=True, plain=True) == run
+    for given, told in (("precision=bfloat16", "precision: float32"), ("native=true", "native: null")):
+        said_here = f"(hardware.{told} there, {given.partition('=')[2]} here)"
+        assert f"{run} holds a run of another recipe {said_here}" in said(
+            capsys, "train", "mine.yaml", f"hardware.{given}", "--continue"
+        )
+
+
 @pytest.mark.parametrize(("name", "meant"), [("PPO", "ppo"), ("grop", "grpo"), ("lroo", "rloo")])
 def test_a_misspelt_name_is_known_again(name: str, meant: str) -> None:
     with pytest.raises(UserError, match=f"did you mean {meant}\\?"):

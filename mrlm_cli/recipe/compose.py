@@ -153,10 +153,14 @@ def values(recipe: Recipe) -> dict[str, Any]:
     return {".".join(path): value for path, value in _leaves(recipe.model_dump(mode="json"), ())}
 
 
-def different(there: Recipe, here: Recipe) -> str:
-    """What two recipes say otherwise, in brackets, at most three settings of it; empty where they are equal."""
-    old, new = values(there), values(here)
-    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+def different(there: Recipe, asked: Recipe, settled: Recipe) -> str:
+    """What a run's recipe says otherwise than another one, in brackets, at most three settings; empty where nothing.
+
+    `settled` is `asked` with what depends on machine and data filled in, as a run's recipe has it. A setting may be as
+    in either: one that was not there yet when the run began has its default, which may be null, to be filled in.
+    """
+    old, left, new = values(there), values(asked), values(settled)
+    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) not in (left.get(key), new.get(key))]
     told = [f"{key}: {as_yaml(old.get(key))} there, {as_yaml(new.get(key))} here" for key in keys]
     return f" ({'; '.join([*told[:3], *(['…'] if told[3:] else [])])})" if told else ""
 
