@@ -188,7 +188,7 @@ METRICS: dict[str, Metric] = _table(
         "clip_fraction",
         "Share of chosen tokens whose ratio lies outside the clip range.",
         "mean[ρ outside [1−ε_low, 1+ε_high]]",
-        "0 to 0.3",
+        "0 to 0.3; any where ρ is a whole episode's",
     ),
     Metric(
         "value_clip_fraction",

@@ -133,6 +133,12 @@ class AlgorithmSettings(Strict):
         """Whether some groups are not trained on, so that a step may sample up to `sampling.refills` times more."""
         return False
 
+    @property
+    def clips_episodes(self) -> bool:
+        """Whether the ratio that is clipped is a whole episode's, so that its tokens are clipped all together, and many
+        of them without anything being wrong."""
+        return False
+
 
 class EngineSettings(Strict):
     """The settings that every engine has."""

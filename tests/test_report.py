@@ -24,6 +24,7 @@ from mrlm_cli.report.pace import Pace
 from mrlm_cli.report.plain import PlainLines
 from mrlm_cli.report.series import Series, plot
 from mrlm_cli.report.text import conversation, duration, number, printable, shorten
+from tests import kit
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07[bold red]x[/] \u202eevil\u200b\r\n数é\ud800" + "a\u0301\u0301\u0301\u0301\u0301"
 METRIC_VALUES = {
@@ -43,7 +44,13 @@ METRIC_VALUES = {
     "sampler_gap": 1e-6,
     "failed_rate": 0.0,
 }
-RECIPE = SimpleNamespace(name="quickstart", steps=400, data=None, hardware=SimpleNamespace(precision="float32"))
+RECIPE = SimpleNamespace(
+    name="quickstart",
+    steps=400,
+    data=None,
+    hardware=SimpleNamespace(precision="float32"),
+    algorithm=SimpleNamespace(clips_episodes=False),
+)
 
 
 def episode(asked: str = "sort 750862=", said: str = "025678", reward: float = 0.86) -> Episode:
@@ -156,7 +163,7 @@ def test_bounds_are_those_that_explain_states(name: str, precision: str, pattern
 
 
 def test_every_word_belongs_to_a_metric() -> None:
-    assert all(rule.metric in METRICS for rule in (*words._RULES, *words._dependent(0, 0, "float32", None)))
+    assert all(rule.metric in METRICS for rule in (*words._RULES, *words._dependent(0, 0, "float32", None, False)))
 
 
 def test_health_problems() -> None:
@@ -173,6 +180,7 @@ def test_health_problems() -> None:
     assert level("truncated_rate", 0.6, step=41, steps=200) == "watch"
     assert level("clip_fraction", 0.4, step=10) == "good"
     assert level("clip_fraction", 0.4, step=11) == "watch"
+    assert level("clip_fraction", 0.9, step=11, clips_episodes=True) == "good"
     assert level("reward_std", 0.0) == "watch"
     assert level("reward_std", 0.1) is None
     assert level("failed_rate", 0.0) is None
@@ -352,6 +360,18 @@ def test_a_problem_is_told_but_not_at_every_step(plain: tuple[PlainLines, io.Str
     notes = [line for line in stream.getvalue().splitlines() if line.startswith("note")]
     assert [line.split(":")[0] for line in notes] == [f"note at step {n}" for n in (1, 41, 81)]
     assert "KL to old policy 0.1: large" in notes[0]
+
+
+@pytest.mark.parametrize(("algorithm", "noted"), [("ppo", True), ("grpo", True), ("gspo", False), ("rloo", False)])
+def test_clipped_tokens_are_no_problem_where_whole_episodes_are_clipped(
+    plain: tuple[PlainLines, io.StringIO, Clock], algorithm: str, noted: bool
+) -> None:
+    listener, stream, _ = plain
+    recipe = SimpleNamespace(**{**vars(RECIPE), "algorithm": kit.settings("algorithms", type=algorithm)})
+    listener.started(Path("r"), recipe, 0, 1)
+    for step in range(1, 21):
+        listener.stepped(step, {**METRIC_VALUES, "clip_fraction": 0.5}, [])
+    assert ("note at step 11: clipped tokens 50%: many; lower" in stream.getvalue()) == noted
 
 
 def test_a_closed_pipe_does_not_stop_the_run() -> None:

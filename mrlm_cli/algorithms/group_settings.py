@@ -102,6 +102,11 @@ class GroupSettings(AlgorithmSettings):
         """Whether flat groups are not trained on."""
         return self.filter_flat
 
+    @property
+    def clips_episodes(self) -> bool:
+        """Whether the ratio is a whole episode's, or its mean."""
+        return self.ratio != "token"
+
 
 def variant(owner: str, sentence: str, kl: Mapping[str, Any] | None = None, **defaults: Any) -> type[GroupSettings]:
     """The settings under another name, with some defaults changed and nothing else, those inside `kl` included."""

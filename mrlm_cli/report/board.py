@@ -38,6 +38,7 @@ class State:
     step: int = 0
     parameters: int = 0
     precision: str = "float32"
+    clips_episodes: bool = False
     phase: tuple[str, int, int] = ("starting", 0, 0)
     elapsed: float = 0.0
     left: float | None = None
@@ -60,6 +61,7 @@ def lines(state: State, width: int, height: int, unicode: bool = True) -> list[T
         steps=state.steps,
         precision=state.precision,
         exact=_last_exact(state.evaluation),
+        clips_episodes=state.clips_episodes,
     )
     found_bad = words.problems(judgements)
     sections = {

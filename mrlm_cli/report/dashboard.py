@@ -57,6 +57,7 @@ class Dashboard(Listener):
             if recipe.data is None:
                 self._next = f"; its test tasks: mrlm eval {state.place}"
             state.parameters, state.precision = parameters, recipe.hardware.precision
+            state.clips_episodes = recipe.algorithm.clips_episodes
             if step:
                 self._remember(run)
             self._begun = time.monotonic()

@@ -35,6 +35,7 @@ class PlainLines(Listener):
         self._steps = 0
         self._first = -1  # the step from which it goes on
         self._precision = "float32"
+        self._clips_episodes = False
         self._pace = Pace(clock())
         self._begun = clock()
         self._step_line = -_RHYTHM  # when the last step line was written
@@ -47,6 +48,7 @@ class PlainLines(Listener):
         """See Listener."""
         self._steps, self._first = recipe.steps, step
         self._precision = recipe.hardware.precision
+        self._clips_episodes = recipe.algorithm.clips_episodes
         self._begun = self._clock()
         self._pace = Pace(self._begun)
         self._step_line = self._begun - _RHYTHM
@@ -67,7 +69,14 @@ class PlainLines(Listener):
         if now - self._step_line >= _RHYTHM or step >= self._steps:
             self._step_line = now
             self._write(self._step_text(step, metrics))
-        judgements = words.judge(metrics, step=step, steps=self._steps, precision=self._precision, exact=self._exact)
+        judgements = words.judge(
+            metrics,
+            step=step,
+            steps=self._steps,
+            precision=self._precision,
+            exact=self._exact,
+            clips_episodes=self._clips_episodes,
+        )
         for one in words.problems(judgements):
             told = self._told.get(one.metric)
             if told is None or step - told >= max(20, self._steps // 10):

@@ -109,15 +109,22 @@ _GAP = {
 
 
 def judge(
-    metrics: Mapping[str, float], *, step: int, steps: int = 0, precision: str = "float32", exact: float | None = None
+    metrics: Mapping[str, float],
+    *,
+    step: int,
+    steps: int = 0,
+    precision: str = "float32",
+    exact: float | None = None,
+    clips_episodes: bool = False,
 ) -> list[Judgement]:
     """Every metric that words are known for, in a fixed order; absent ones and uninteresting good ones are left out.
 
     `steps` are those of the whole run, 0 where that is not known.
     `exact` is the last held-out exactness, if any: a policy without entropy is good news when it is right.
+    `clips_episodes` is the algorithm's: where whole episodes are clipped, there is no number that would be too many.
     """
     found = []
-    for rule in (*_RULES, *_dependent(step, steps, precision, exact)):
+    for rule in (*_RULES, *_dependent(step, steps, precision, exact, clips_episodes)):
         value = metrics.get(rule.metric)
         if value is None or math.isnan(value):
             continue
@@ -135,8 +142,8 @@ def problems(judgements: list[Judgement]) -> list[Judgement]:
     return sorted((one for one in judgements if one.level != GOOD), key=lambda one: one.level != BAD)
 
 
-def _dependent(step: int, steps: int, precision: str, exact: float | None) -> tuple[_Rule, ...]:
-    """The rules whose bounds depend on where the run stands."""
+def _dependent(step: int, steps: int, precision: str, exact: float | None, clips_episodes: bool) -> tuple[_Rule, ...]:
+    """The rules whose bounds depend on where the run stands and on what it is."""
     mastered = exact is not None and exact >= MASTERED
     below_constant: tuple[Level, str] = (
         (GOOD, "returns hardly vary any more")
@@ -151,7 +158,11 @@ def _dependent(step: int, steps: int, precision: str, exact: float | None) -> tu
         else (WATCH, "many; reward replies that end, or raise sampling.max_new_tokens or max_turns")
     )
     clipped: tuple[Level, str] = (
-        (GOOD, "many, as yet; should fall") if step <= EARLY_STEPS else (WATCH, "many; lower optimizer.lr or passes")
+        (GOOD, "many, as is usual where whole episodes are clipped")
+        if clips_episodes
+        else (GOOD, "many, as yet; should fall")
+        if step <= EARLY_STEPS
+        else (WATCH, "many; lower optimizer.lr or passes")
     )
     collapsed: tuple[Level, str] = (
         (GOOD, "sure of itself, and right")
