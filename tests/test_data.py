@@ -37,6 +37,33 @@ def test_a_conversation_is_one_transcript_and_what_comes_before_the_first_reply_
     assert given(group) == [2]
 
 
+def test_messages_with_from_and_value_are_the_same_conversation(tmp_path: Path) -> None:
+    other = [{"from": who, "value": text} for who, text in (("system", "s"), ("human", "31"), ("gpt", "13"))]
+    usual = [{"role": who, "content": text} for who, text in (("system", "s"), ("user", "31"), ("assistant", "13"))]
+    (ours,) = load(
+        jsonl(tmp_path / "x.jsonl", [{"conversations": other}]),
+        columns={"messages": "conversations"},
+        validation_share=0,
+    ).train
+    (theirs,) = load(jsonl(tmp_path / "y.jsonl", [{"messages": usual}]), validation_share=0).train
+    assert ours[0].views == theirs[0].views
+    (pair,) = load(
+        jsonl(tmp_path / "z.jsonl", [{"prompt": other[:2], "chosen": other[2:], "rejected": "31"}]),
+        form="pairs",
+        validation_share=0,
+    ).train
+    assert said(pair)[0] == said(ours)[0]
+
+
+def test_a_reply_may_be_empty_where_another_says_something(tmp_path: Path) -> None:
+    ask, silent = {"role": "user", "content": "x"}, {"role": "assistant", "content": ""}
+    call = {**silent, "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}
+    rows = [{"messages": [ask, silent, *GOOD["messages"]]}, {"messages": [ask, call]}]
+    assert len(load(jsonl(tmp_path / "x.jsonl", rows), validation_share=0).train) == 2
+    (pair,) = load(jsonl(tmp_path / "y.jsonl", [pair_row("21", "")]), form="pairs", validation_share=0).train
+    assert [side[-1] for side in said(pair)] == [("assistant", "12"), ("assistant", "")]
+
+
 def test_a_completion_and_its_columns(tmp_path: Path) -> None:
     rows = [
         {"q": "1+1=", "a": "2"},
@@ -91,6 +118,14 @@ BAD: list[tuple[str, Any, str, str]] = [
     ("chat", {"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, ":2", "unknown key: messages: weight"),
     ("chat", {"messages": ["x"]}, ":2", "a message is not a mapping"),
     ("chat", {"messages": [{"role": "assistant", "content": "\ud800"}]}, ":2", "not valid Unicode"),
+    ("chat", {"messages": [{"from": "human", "value": "x"}]}, ":2", "no assistant turn"),
+    ("chat", {"messages": [{"from": "observation", "value": "x"}]}, ":2", "unknown role: messages: 'observation'"),
+    ("chat", {"messages": [{"from": ["gpt"], "value": "x"}]}, ":2", "unknown role: messages: ['gpt']"),
+    ("chat", {"messages": [{"from": "gpt"}]}, ":2", "content is not text"),
+    ("chat", {"messages": [{"from": "gpt", "content": "x"}]}, ":2", "unknown key: messages: from"),
+    ("chat", {"messages": [{"from": "gpt", "value": ""}]}, ":2", "the assistant says nothing: column messages"),
+    ("completion", {"prompt": "x", "completion": " \n"}, ":2", "the assistant says nothing: column completion"),
+    ("pairs", {"prompt": "x", "chosen": "", "rejected": "a"}, ":2", "the assistant says nothing: column chosen"),
     ("completion", {"prompt": "x"}, ":2", "column completion is missing: the row has prompt"),
     ("completion", {"prompt": "x", "completion": []}, ":2", "does not begin with the assistant's turn"),
     ("pairs", {"prompt": "x", "chosen": "a", "rejected": "a"}, ":2", "both sides are equal"),

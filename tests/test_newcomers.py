@@ -294,6 +294,8 @@ def test_rows_of_another_form_or_file_type_are_recognised(tmp_path: Path) -> Non
         (replies, "set data.form=completion, whose columns they have"),
         ([*pairs, *replies], "say in data.columns how they are called"),
         ([{"text": "a"}] * 2, "say in data.columns how they are called"),
+        ([{"conversations": chat_row("a")["messages"], "id": 1}] * 2, "set data.columns.messages=conversations"),
+        ([{name: chat_row("a")["messages"] for name in "ab"}] * 2, "say in data.columns how they are called"),
     ):
         with pytest.raises(UserError, match=hint):
             of(settings("data", type="jsonl", path=str(jsonl(tmp_path / "rows.jsonl", rows))), ())

@@ -10,6 +10,8 @@ from mrlm_cli.records import Message, Split, Task, Transcript
 
 ROLES = ("system", "user", "assistant", "tool")
 _FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id"}
+_OTHER_KEYS = {"from": "role", "value": "content"}  # of the other usual form of a message
+_OTHER_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def group(row: Row, config: RowSettings, index: int, split: Split) -> Group:
@@ -19,11 +21,14 @@ def group(row: Row, config: RowSettings, index: int, split: Split) -> Group:
     fields, columns = row.fields, config.columns
     if config.form == "chat":
         messages = _messages(_column(fields, columns.messages), columns.messages)
-        return (transcript(row.place, messages, before(messages), index, split),)
+        first = before(messages)
+        _says_something(messages[first:], columns.messages)
+        return (transcript(row.place, messages, first, index, split),)
     if config.form == "completion":
         prompt = _side(_column(fields, columns.prompt), columns.prompt, "user")
         reply = _side(_column(fields, columns.completion), columns.completion, "assistant")
         _begins_with_reply(reply, columns.completion)
+        _says_something(reply, columns.completion)
         return (transcript(row.place, [*prompt, *reply], len(prompt), index, split),)
     chosen = _side(_column(fields, columns.chosen), columns.chosen, "assistant")
     rejected = _side(_column(fields, columns.rejected), columns.rejected, "assistant")
@@ -41,6 +46,7 @@ def group(row: Row, config: RowSettings, index: int, split: Split) -> Group:
         _begins_with_reply(side, name)
         if side[-1].role != "assistant":
             raise BadRow("a side does not end with the assistant's turn", f"column {name}")
+    _says_something(chosen, columns.chosen)  # the other side may be worse for saying nothing
     if not prompt and fields.get(columns.prompt) is None:
         raise BadRow(f"column {columns.prompt} is missing", "the two sides share no beginning either")
     return tuple(
@@ -70,6 +76,9 @@ def message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping):
         raise BadRow("a message is not a mapping", f"{where} holds {type(item).__name__}")
     given = {name: value for name, value in item.items() if value is not None}
+    if "from" in given and not given.keys() & {"role", "content"}:
+        given = {_OTHER_KEYS.get(name, name): value for name, value in given.items()}
+        given["role"] = _OTHER_ROLES.get(str(given["role"]), given["role"])
     if unknown := sorted(given.keys() - _FIELDS):
         raise BadRow("a message has an unknown key", f"{where}: {unknown[0]}; known are {', '.join(sorted(_FIELDS))}")
     role, content, calls = given.get("role"), given.get("content"), given.get("tool_calls", ())
@@ -96,6 +105,16 @@ def likely(fields: Mapping[str, Any], columns: Columns) -> str | None:
         "chat": (columns.messages,),
     }
     return next((form for form, names in needed.items() if all(fields.get(name) is not None for name in names)), None)
+
+
+def conversation(fields: Mapping[str, Any]) -> str | None:
+    """The column of a row that holds a list of messages, if it is one alone."""
+    found = [name for name, value in fields.items() if isinstance(value, list) and value and all(map(_speaks, value))]
+    return found[0] if len(found) == 1 else None
+
+
+def _speaks(item: Any) -> bool:
+    return isinstance(item, Mapping) and bool(item.keys() & {"role", "from"})
 
 
 def _column(fields: Mapping[str, Any], name: str) -> Any:
@@ -130,6 +149,13 @@ def _begins_with_reply(messages: Sequence[Message], where: str) -> None:
     if not messages or messages[0].role != "assistant":
         found = f"begins with {messages[0].role}" if messages else "is empty"
         raise BadRow("a reply does not begin with the assistant's turn", f"column {where} {found}")
+
+
+def _says_something(messages: Sequence[Message], where: str) -> None:
+    """Raises BadRow where no reply has a word or a call: all that could be learnt from it is to end at once."""
+    replies = [each for each in messages if each.role == "assistant"]
+    if not any(each.content.strip() or each.tool_calls for each in replies):
+        raise BadRow("the assistant says nothing", f"column {where}")
 
 
 def _check_unicode(text: str, where: str) -> None:

@@ -95,11 +95,19 @@ def _groups(dataset: Dataset, split: Split, left_out: dict[str, list[str]]) -> l
 
 def _named(rows: Sequence[Row], config: DataSettings) -> str:
     """What to do besides about columns that are missing in all of these rows."""
-    found: set[str | None] = set()
     if isinstance(config, RowSettings):
-        found = {forms.likely(row.fields, config.columns) for row in rows if not isinstance(row.fields, BadRow)}
-    form = found.pop() if len(found) == 1 else None
-    return f"set data.form={form}, whose columns they have, " if form else "say in data.columns how they are called, "
+        read = [row.fields for row in rows if not isinstance(row.fields, BadRow)]
+        form = _common({forms.likely(fields, config.columns) for fields in read})
+        column = _common({forms.conversation(fields) for fields in read})
+        if form is not None:
+            return f"set data.form={form}, whose columns they have, "
+        if config.form == "chat" and column is not None:
+            return f"set data.columns.messages={column}, "
+    return "say in data.columns how they are called, "
+
+
+def _common(found: set[str | None]) -> str | None:
+    return found.pop() if len(found) == 1 else None
 
 
 def _shares(dataset: Dataset) -> dict[Split, float]:
