@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from mrlm_cli import registry
 from mrlm_cli.recipe import json_schema
@@ -49,6 +50,20 @@ def siblings(settings: type[Strict], path: list[str]) -> list[str]:
                 inner for owner in level if part in owner.model_fields for inner in _classes(owner.model_fields[part])
             ]
     return list(dict.fromkeys(name for owner in level for name in owner.model_fields))
+
+
+def a_list(settings: type[Strict], path: list[str]) -> str:
+    """What a list holds that is expected at `path` below `settings`, and its default as an example where it has one.
+
+    Such as `a list of 2: number above 0, at most 1; number above 0, at most 100, such as [0.2, 0.2]`.
+    """
+    where = ".".join(part for part in path if not part.isdigit())
+    for at, owner, name, info in fields(settings):
+        if at == where:
+            said = f"a {json_schema.words(owner, name)}"
+            example = to_jsonable_python(info.default) if isinstance(info.default, tuple) else None
+            return f"{said}, such as {json.dumps(example)}" if example else said
+    return "a list"  # below a mapping whose keys may be any
 
 
 def paths(own: tuple[str, type[Strict]] | None = None) -> list[str]:

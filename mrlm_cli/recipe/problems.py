@@ -21,12 +21,11 @@ _KINDS = {
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text (quote it if it looks like a number)",
-    "tuple_type": "a list",
-    "list_type": "a list",
     "dict_type": "a mapping of keys to values",
     "model_type": "a mapping of keys to values",
     "none_required": "null",
 }
+LIST_KINDS = ("tuple_type", "list_type")  # what pydantic calls the lack of a list
 
 
 # other usual names of settings, by their last word
@@ -122,8 +121,8 @@ def suggestion(path: str, siblings: Sequence[str], known: Sequence[str]) -> str:
     return f"; allowed here: {', '.join(siblings)}" if siblings else ""
 
 
-def sentence(error: Mapping[str, Any]) -> str:
-    """One pydantic error in our words: what was given, what is expected."""
+def sentence(error: Mapping[str, Any], a_list: str = "a list") -> str:
+    """One pydantic error in our words: what was given, what is expected; `a_list` where that is one."""
     kind, context, given = error["type"], error.get("ctx", {}), error["input"]
     if kind == "missing":
         return "an item is missing" if isinstance(error["loc"][-1], int) else "required, and missing"
@@ -138,6 +137,8 @@ def sentence(error: Mapping[str, Any]) -> str:
         return f"got {shown(given)}; expected one of {options}{hint}"
     elif kind in _KINDS:
         expected = _KINDS[kind]
+    elif kind in LIST_KINDS:
+        expected = a_list
     elif kind in ("too_short", "too_long"):
         bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
         expected = f"{bound} items, not {context['actual_length']}"

@@ -14,7 +14,7 @@ from mrlm_cli import registry
 from mrlm_cli.errors import UserError
 from mrlm_cli.recipe import explain, roles
 from mrlm_cli.recipe.agents import AGENTS
-from mrlm_cli.recipe.problems import Problems, locate, near, sentence, shown, suggestion
+from mrlm_cli.recipe.problems import LIST_KINDS, Problems, locate, near, sentence, shown, suggestion
 from mrlm_cli.recipe.reading import Mark, Node
 from mrlm_cli.recipe.schema import LISTS, MODELS, PLUGINS, Head, Recipe
 from mrlm_cli.recipe.sections import Hardware, Sampling, Value
@@ -281,6 +281,8 @@ def _report(one: Any, settings: type[Strict], node: Node, path: list[str], probl
         hint = suggestion(where, siblings, explain.paths((".".join(path), settings)))
         variant = f" for type {kind.plain}" if kind is not None and len(rest) == 1 else ""
         problems.add(inner.name_mark, where, f"unknown key{variant}{hint}")
+    elif one["type"] in LIST_KINDS:
+        problems.add(inner.mark, where, sentence(one, explain.a_list(settings, rest)))
     else:
         problems.add(inner.name_mark if missing else inner.mark, where, sentence(one))
 
