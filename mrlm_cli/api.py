@@ -315,6 +315,7 @@ def _run(
 
     `plugins` are the hashes recorded at the start of a run that is resumed; None for a new run.
     """
+    from mrlm_cli.kernels import native
     from mrlm_cli.training import checkpoint, loop
     from mrlm_cli.training.announce import Announcer
     from mrlm_cli.training.stage import Stage
@@ -328,6 +329,8 @@ def _run(
         Stopper() as stopper,
         Stage(recipe, folders, journal=run.journal, check=stopper.check, phase=announce.phase) as stage,
     ):
+        if not recipe.hardware.native and (reason := native.refused()):
+            announce.warned(f"torch's operators do the work of the kernels in C, which cannot be had: {reason}")
         trainer = Trainer(recipe, folders, stage, run, announce)
         made = enter() if plugins is None else run
         with made.lock():

@@ -22,7 +22,7 @@ SHAPE = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 16,  # as many as the kernel of a decoding step takes at once
     "max_position_embeddings": 64,
     "initializer_range": 0.3,  # large, so that positions and masks matter to the logits
     "bos_token_id": 1,

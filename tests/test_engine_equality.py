@@ -159,7 +159,7 @@ def test_kept_cache_stays_within_its_budget():
     small = cached(module, max_cached_tokens=64)  # capacity is 32 a row: two rows at a time
     assert_agree(module, requests, small.generate(requests), cached(module).generate(requests))
     pools = [pool for pools in small._decoder._cache._pools for pool in pools]
-    assert {tuple(pool.shape) for pool in pools} == {(2, 2, 32, 8)}
+    assert {tuple(pool.shape) for pool in pools} == {(2, 2, 32, 16)}
 
 
 def test_head_runs_only_where_a_token_is_chosen():

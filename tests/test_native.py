@@ -6,12 +6,17 @@ import pytest
 import torch
 
 from mrlm_cli.engines.sampler import sample
+from mrlm_cli.envs.host import NoJournal
+from mrlm_cli.errors import UserError
 from mrlm_cli.kernels import attention, between, build, native, slots
 from mrlm_cli.kernels.attention import Attention, Heads
 from mrlm_cli.kernels.logprobs import chunked_logprobs
 from mrlm_cli.kernels.low_rank import Matrix
 from mrlm_cli.kernels.packing import pack
 from mrlm_cli.kernels.products import FrozenLinear
+from mrlm_cli.training.stage import Stage, settled
+from tests import engine_helpers
+from tests.kit import tiny
 
 TYPES = [torch.float32, torch.bfloat16]
 # Of the largest number: float32 sums in another order; bfloat16 is rounded once, to 8 bits.
@@ -172,6 +177,25 @@ def test_words_without_mass_and_numbers_that_are_none():
     assert bool((drawn < 300).all())
 
 
+def test_far_out():
+    gate = torch.tensor([-3e38, -1e5, -88.5, 0.0, 88.0, 1e5])
+    y = between.swiglu(torch.cat([gate, torch.ones(6)])[None])[0]
+    torch.testing.assert_close(y, gate * torch.sigmoid(gate.double()).float(), rtol=1e-6, atol=1e-36)
+    assert between.swiglu(torch.tensor([[-math.inf, 1.0]])).isnan().all()
+
+
+def test_other_types_are_left_to_torch():
+    x, gain = numbers(3, 32), numbers(32, seed=1)
+    y, _ = between.rms_norm(x, gain.bfloat16(), 1e-5, torch.float32)
+    near(y, between.rms_norm(x.double(), gain.bfloat16().double(), 1e-5, torch.float64)[0], torch.float32)
+    with pytest.raises(AssertionError):
+        chunked_logprobs(numbers(1, 300), torch.tensor([3], dtype=torch.int32), lambda x: x, 300, 1.0, False)
+    frozen = FrozenLinear([Matrix(numbers(64, 32))], [], torch.float32)
+    frozen.load()
+    with pytest.raises((AssertionError, RuntimeError)):
+        frozen(numbers(2, 30))
+
+
 def test_targets_outside_the_vocabulary_are_refused():
     for target in (-1, 300):
         with pytest.raises(RuntimeError, match="outside the vocabulary of 300 words"):
@@ -301,6 +325,51 @@ def test_compiled_once_and_anew_for_another_processor(monkeypatch, tmp_path):
     assert first.stat().st_mtime_ns == stamp
     monkeypatch.setattr(build, "_processor", lambda: "another")
     assert build.built() != first
+
+
+def test_a_damaged_library_is_compiled_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_library", None)
+    whole = build.built()
+    whole.write_bytes(whole.read_bytes()[:100])
+    assert native.missing() is None
+    assert native.state() == whole.stem
+    assert whole.stat().st_size > 100
+
+
+def test_a_compilers_command_may_have_words(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", f"{build.compiler()} -DWORD")
+    assert build.built().is_file()
+    monkeypatch.setenv("CC", "  ")
+    assert build.compiler() in ("cc", "gcc", "clang")
+
+
+def test_a_run_says_what_it_went_with(monkeypatch):
+    recipe = tiny()
+    assert settled(recipe).hardware.native is True
+    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(native, "_reason", None)
+    monkeypatch.setattr(native, "_refused", False)
+
+    def refuse(**given):
+        raise build.CannotBuild("cc ended with code 1: no")
+
+    monkeypatch.setattr(native, "built", refuse)
+    assert settled(recipe).hardware.native is False
+    assert native.state() == "cannot be compiled: cc ended with code 1: no"
+    assert native.refused() == "cc ended with code 1: no"
+    wanted = recipe.model_copy(update={"hardware": recipe.hardware.model_copy(update={"native": True, "threads": 1})})
+    with pytest.raises(UserError, match=r"hardware\.native is true, .* no; hardware\.native=false"):
+        Stage(settled(wanted), (), journal=NoJournal(), check=lambda: None, phase=lambda *_: None)
+
+
+def test_the_engine_steps_by_the_kernel(monkeypatch):
+    calls = []
+    attend = slots.attend
+    monkeypatch.setattr(slots, "attend", lambda *given: calls.append(0) or attend(*given))
+    engine_helpers.cached(engine_helpers.tiny()).generate(engine_helpers.ragged(1.0))
+    assert calls
 
 
 def test_a_folder_that_others_can_write_to_is_left(monkeypatch, tmp_path):

@@ -132,7 +132,7 @@ def _chances(scores: Tensor, scaling: float, packing: Packing, dtype: torch.dtyp
     Rows are padded behind their end only, so causality is the whole mask.
     """
     longest = scores.shape[-1]
-    if (library := native.on(scores)) and dtype in (torch.float32, torch.bfloat16):
+    if (library := native.on(scores)) and scores.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16):
         chances = scores if dtype == scores.dtype else torch.empty_like(scores, dtype=dtype)
         count = scores.numel()
         library.causal_softmax(
@@ -194,7 +194,7 @@ def _given(gradient: Tensor, packing: Packing, heads: Heads, wide: torch.dtype) 
 def _slope(of_chances: Tensor, chances: Tensor, scaling: float, packing: Packing) -> Tensor:
     """The gradient of the scores before scaling, [B*kv, g*T, T] in c; `of_chances` may be overwritten."""
     longest = chances.shape[-1]
-    if library := native.on(of_chances, chances):
+    if (library := native.on(of_chances, chances)) and of_chances.dtype == torch.float32:
         slope = of_chances if chances.dtype == of_chances.dtype else torch.empty_like(chances)
         count = chances.numel()
         library.causal_softmax_backward(
@@ -218,7 +218,7 @@ def _collected(
     """The gradient of `_parted`: those of queries, keys and values, summed over the rows that share a position."""
     rows, longest = packing.rows
     width, dtype = of_key.shape[-1], of_key.dtype
-    if (library := native.on(of_query, cos)) and width <= library.widest_head:
+    if (library := native.on(of_query, cos)) and cos.dtype == torch.float32 and width <= library.widest_head:
         found = of_query.new_empty(len(cos), heads.every * width)
         library.spread_heads_backward(
             native.at(of_query),

@@ -18,7 +18,7 @@ from mrlm_cli.kernels import native
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [N,H], gain [H] -> y [N,H] in `dtype`, r [N,1]."""
-    if (library := native.on(x, gain)) and dtype in (torch.float32, torch.bfloat16) and x.dtype == torch.float32:
+    if (library := native.on(x, gain)) and dtype in (torch.float32, torch.bfloat16) and _wide(x, gain):
         out, scale = torch.empty_like(x, dtype=dtype), x.new_empty(len(x), 1)
         _norm(library, x, None, gain, eps, out, scale)
         return out, scale
@@ -33,13 +33,19 @@ def add_rms_norm(
 
     Where nothing is differentiated.
     """
-    if (library := native.on(x, gain, addend)) and dtype in (torch.float32, torch.bfloat16) and x.dtype == gain.dtype:
+    library = native.on(x, gain, addend)
+    if library and dtype in (torch.float32, torch.bfloat16) and _wide(x, gain):
+        assert addend is None or addend.dtype == dtype
         out = torch.empty_like(x, dtype=dtype)
         _norm(library, x, addend, gain, eps, out, None)
         return x, out
     if addend is not None:
         x = x + addend
     return x, torch.nn.functional.rms_norm(x, (x.shape[-1],), gain, eps).to(dtype)
+
+
+def _wide(*tensors: Tensor) -> bool:
+    return all(each.dtype == torch.float32 for each in tensors)
 
 
 def _norm(
@@ -74,12 +80,12 @@ def rms_norm_backward(
     y [N,H] in c is made `again` only if asked for.
     """
     dtype = of_y.dtype
-    if (library := native.on(of_y, x, gain)) and x.dtype == torch.float32:
+    if (library := native.on(of_y, x, gain)) and _wide(x, gain):
+        of_y, besides = of_y.contiguous(), None if besides is None else besides.to(dtype).contiguous()
         rows, width = x.shape
         count = native.threads(x.numel())
         of_x, of_gain = torch.empty_like(x), x.new_zeros(count, width)
         y = torch.empty_like(of_y) if again else None
-        of_y, besides = of_y.contiguous(), None if besides is None else besides.to(dtype).contiguous()
         library.rms_norm_backward(
             native.at(of_y),
             native.at(besides),
@@ -122,9 +128,9 @@ def swiglu_backward(of_y: Tensor, besides: Tensor | None, both: Tensor, *, again
     rows, width = len(both), both.shape[1] // 2
     out = torch.empty_like(both)
     if library := native.on(of_y, besides, both):
+        of_y = of_y.to(both.dtype).contiguous()
+        besides = None if besides is None else besides.to(both.dtype).contiguous()
         y = torch.empty_like(of_y) if again else None
-        besides = None if besides is None else besides.to(of_y.dtype).contiguous()
-        of_y = of_y.contiguous()
         library.swiglu_backward(
             native.at(of_y),
             native.at(besides),

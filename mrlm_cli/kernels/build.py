@@ -5,27 +5,36 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
 _HERE = Path(__file__).parent / "c"
 # No flag changes what NaN and infinities do, nor the processor's rounding of other code in the process.
-_FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC")
+_FLAGS = (
+    "-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    "-fopenmp-simd", "-fPIC",
+)  # fmt: skip
 _SECONDS = 120
 
 
 class CannotBuild(Exception):
-    """There is no compiler, or it refused; the message says which."""
+    """The compiler refused, or what it made cannot be used; the message says why."""
 
 
-def built() -> Path:
+class NoCompiler(CannotBuild):
+    """There is none."""
+
+
+def built(*, again: bool = False) -> Path:
     """The shared library for these sources, this compiler and this processor, compiled if it is not there yet.
 
-    Raises CannotBuild.
+    With `again` what is there is not taken: it is damaged. Raises CannotBuild.
     """
-    program = compiler()
+    program = shlex.split(compiler())
     sources = sorted(_HERE.glob("*.c"))
     contents = hashlib.sha256()
     for part in (*(path.read_bytes() for path in sorted(_HERE.glob("*.[ch]"))), " ".join(_FLAGS).encode()):
@@ -37,7 +46,7 @@ def built() -> Path:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not _ours(folder):
                 continue  # another user could have put anything there
-            if (folder / name).is_file():
+            if (folder / name).is_file() and not again:
                 return folder / name
             with tempfile.TemporaryDirectory(dir=folder) as inside:
                 made = Path(inside) / name
@@ -50,31 +59,35 @@ def built() -> Path:
 
 
 def compiler() -> str:
-    """The C compiler that would be used. Raises CannotBuild if there is none."""
-    wanted = os.environ.get("CC")
+    """The command of the C compiler that would be used. Raises NoCompiler."""
+    wanted = os.environ.get("CC", "").strip()
     for name in (wanted,) if wanted else ("cc", "gcc", "clang"):
-        found = shutil.which(name.split()[0])
-        if found is not None:
-            return found
-    raise CannotBuild(f"CC is {wanted}, which is not there" if wanted else "there is no C compiler (cc, gcc or clang)")
+        if shutil.which(shlex.split(name)[0]) is not None:
+            return name
+    raise NoCompiler(f"CC is {wanted}, which is not there" if wanted else "there is no C compiler (cc, gcc or clang)")
 
 
-def _compile(program: str, sources: list[Path], library: Path) -> None:
+def _compile(program: list[str], sources: list[Path], library: Path) -> None:
     """Each source by a process of its own, then together. Raises CannotBuild with the compiler's first complaint."""
     objects = [library.with_name(f"{path.stem}.o") for path in sources]
     steps = [
-        [[program, *_FLAGS, "-c", str(path), "-o", str(made)] for path, made in zip(sources, objects, strict=True)],
-        [[program, "-shared", *map(str, objects), "-o", str(library), "-lm"]],
+        [[*program, *_FLAGS, "-c", str(path), "-o", str(made)] for path, made in zip(sources, objects, strict=True)],
+        [[*program, "-shared", *map(str, objects), "-o", str(library), "-lm"]],
     ]
     for commands in steps:
-        running = [
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            for command in commands
-        ]
+        running: list[subprocess.Popen[bytes]] = []
         try:
+            for command in commands:
+                running.append(
+                    subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+                    )
+                )
             complaints = [(process.communicate(timeout=_SECONDS)[1], process.returncode) for process in running]
         except subprocess.TimeoutExpired:
-            raise CannotBuild(f"{program} took longer than {_SECONDS} seconds") from None
+            raise CannotBuild(f"{program[0]} took longer than {_SECONDS} seconds") from None
+        except OSError as error:
+            raise CannotBuild(f"{program[0]} cannot be started: {error}") from error
         finally:
             for process in running:
                 if process.poll() is None:
@@ -84,7 +97,7 @@ def _compile(program: str, sources: list[Path], library: Path) -> None:
             if code != 0:
                 lines = text.decode(errors="replace").splitlines()
                 first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
-                raise CannotBuild(f"{program} ended with code {code}: {first}")
+                raise CannotBuild(f"{program[0]} ended with code {code}: {first}")
 
 
 def _caches() -> list[Path]:
@@ -96,15 +109,17 @@ def _caches() -> list[Path]:
 
 def _ours(folder: Path) -> bool:
     """Whether nobody else can write to a folder."""
-    found = folder.stat()
-    return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
+    found = folder.lstat()  # not what a link leads to, which may change
+    return stat.S_ISDIR(found.st_mode) and (
+        not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
+    )
 
 
-def _version(program: str) -> str:
+def _version(program: list[str]) -> str:
     try:
-        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True)
+        done = subprocess.run([*program, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise CannotBuild(f"{program} --version: {error}") from error
+        raise CannotBuild(f"{program[0]} --version: {error}") from error
     return done.stdout
 
 

@@ -125,15 +125,17 @@ def _score_by_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     library = native.on(logits)
     assert library is not None
+    assert targets.dtype == torch.int64
     # torch's gather refuses a word outside the vocabulary; the kernel reads where it is told.
     if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= logits.shape[1]):
         raise RuntimeError(f"a target lies outside the vocabulary of {logits.shape[1]} words")
-    logprobs, log_total = logits.new_empty(2, len(logits), dtype=torch.float32)
+    logprobs = logits.new_empty(len(logits), dtype=torch.float32)
+    log_total = torch.empty_like(logprobs)
     entropies = torch.zeros_like(logprobs)
     library.score(
         native.at(logits),
         native.at(targets),
-        1 / temperature,
+        temperature,
         native.at(logprobs),
         native.at(log_total),
         native.at(entropies if entropy else None),
@@ -184,7 +186,7 @@ def _score_backward_by_kernel(
     library.score_backward(
         native.at(logits),
         native.at(targets),
-        1 / temperature,
+        temperature,
         native.at(log_total),
         native.at(entropies),
         native.at(of_logprobs),

@@ -2,7 +2,8 @@
 
 torch's own operators do the same, and remain the reference; but each of them reads and writes its whole tensor, and
 costs a call. They are used on other devices, in other types than float32 and bfloat16, and where no C compiler is
-found. The kernels run on torch's own threads, each item by one thread in a fixed order.
+found. They run on torch's own threads, each item by one thread in a fixed order; only the gradient of a norm's gain is
+a sum over items, of which each thread makes a part.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mrlm_cli.kernels.build import CannotBuild, built
+from mrlm_cli.kernels.build import CannotBuild, NoCompiler, built
 
 # What each function takes, letter by letter: p a pointer, i int64, f float32; the flag of the type and the number of
 # threads follow.
@@ -53,6 +54,7 @@ class Library(ctypes.CDLL):
 _wanted = False
 _library: Library | None = None
 _reason: str | None = None
+_refused = False  # there is a compiler, and still there are no kernels
 
 
 def use(wanted: bool) -> None:
@@ -63,13 +65,18 @@ def use(wanted: bool) -> None:
 
 def missing() -> str | None:
     """Why the kernels cannot be used on this machine; None if they can. Compiles them if need be."""
-    global _library, _reason
+    global _library, _reason, _refused
     if _library is None and _reason is None:
         try:
             _library = _load()
         except (CannotBuild, OSError, AttributeError, ValueError) as error:
-            _reason = str(error)
+            _reason, _refused = str(error), not isinstance(error, NoCompiler)
     return _reason
+
+
+def refused() -> str | None:
+    """Why there are no kernels although there is a C compiler, if that was found."""
+    return _reason if _refused else None
 
 
 def state() -> str:
@@ -110,7 +117,10 @@ def threads(numbers: int) -> int:
 
 
 def _load() -> Library:
-    library = Library(built())
+    try:
+        library = Library(built())
+    except OSError:  # a file that was cut off or changed
+        library = Library(built(again=True))
     for name, takes in _TAKES.items():
         function = getattr(library, name)
         function.argtypes = [*(_KINDS[letter] for letter in takes), c_int, c_int]
@@ -118,8 +128,9 @@ def _load() -> Library:
     library.can_multiply.argtypes, library.can_multiply.restype = [c_int], c_int
     runtime = ctypes.CDLL(torch._C.__file__)  # looks through all that torch was linked with
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-    if all(hasattr(runtime, name) for name in names):
-        library.use_threads.argtypes = [c_void_p] * 3
-        library.use_threads.restype = None
-        library.use_threads(*(ctypes.cast(getattr(runtime, name), c_void_p) for name in names))
+    if not all(hasattr(runtime, name) for name in names):
+        raise CannotBuild("this build of torch has no OpenMP runtime whose threads they could share")
+    library.use_threads.argtypes = [c_void_p] * 3
+    library.use_threads.restype = None
+    library.use_threads(*(ctypes.cast(getattr(runtime, name), c_void_p) for name in names))
     return library

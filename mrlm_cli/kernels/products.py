@@ -1,7 +1,8 @@
 """Matrix products of linear layers, each by the fastest library at hand for its type; all true to that type.
 
 On CPUs oneDNN multiplies float32 faster than torch's default library; the sums are float32 either way. Few rows times
-a matrix that stays are faster still by a kernel in C, where the processor has 512-bit vectors and no tiles of bfloat16.
+a matrix that stays are faster still by a kernel in C, where the processor has 512-bit vectors (and no tiles, if in
+bfloat16).
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class FrozenLinear:
     def release(self) -> None:
         """Give up the copy; `load` comes before the next product."""
         self._weight, self._bias, self._copy = self._parts[0].weight, None, None
+        self._multiply = torch.nn.functional.linear
 
     @property
     def memory(self) -> list[Tensor]:
@@ -129,6 +131,7 @@ def _laid_out(weight: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor 
 
 
 def _by_kernel(library: native.Library, outputs: int, x: Tensor, panels: Tensor, bias: Tensor | None) -> Tensor:
+    assert (x.dtype, x.shape[1]) == (panels.dtype, panels.shape[1])
     x = x.contiguous()
     out = x.new_empty(len(x), outputs)
     library.multiply(

@@ -79,7 +79,7 @@ class Stage:
         if hardware.native and (reason := native.missing()):
             raise UserError(
                 f"hardware.native is true, and the kernels in C cannot be compiled here: {reason}; "
-                "with false in its place (in a run's recipe.yaml, for a resume) it goes without, in other bits"
+                "hardware.native=false (in a run's recipe.yaml, for a resume) goes without, in other bits"
             )
         self._sampling = recipe.sampling
         self._budget = recipe.optimizer.tokens_per_micro_batch

@@ -129,6 +129,7 @@ class LlamaForward:
         heads = Heads(trunk.heads, trunk.kv_heads)
         if queries == 1 and write.slots is None and slots.can_attend(x, heads, 2 * angles[0].shape[-1]):
             at = positions.flatten()
+            assert bool((at < cache.capacity).all())  # the kernel writes where it is told
             return lambda number, projected: slots.attend(
                 projected, angles, *cache.pools(number), at, heads, trunk.scaling
             )

@@ -5,12 +5,11 @@
    numbers; the heads / kv_heads = g queries of one key head lie together. */
 #include "common.h"
 
-/* Halves (a, b) -> (a cos - b sin, b cos + a sin), times a factor; `turn` -1 is the inverse. */
-INLINE void rotated(const float *x, const float *cos, const float *sin, float turn, float factor, float *out,
-                    const integer half) {
+/* Halves (a, b) -> (a cos - b sin, b cos + a sin), `turn` -1 is the inverse. */
+INLINE void rotated(const float *x, const float *cos, const float *sin, float turn, float *out, const integer half) {
 #pragma omp simd
     for (integer i = 0; i < half; i++) {
-        float a = x[i], b = x[half + i], c = cos[i] * factor, s = sin[i] * turn * factor;
+        float a = x[i], b = x[half + i], c = cos[i], s = sin[i] * turn;
         out[i] = a * c - b * s;
         out[half + i] = b * c + a * s;
     }
@@ -59,7 +58,7 @@ INLINE void spread_places(const spreading *a, integer begin, integer end, const 
                                       : place_of(s, place, head, s->heads);
             float *out = (is_key ? a->key : a->query) + at;
             widen(from(a->projected, (node * every + head) * s->width, narrow), x, s->width, narrow);
-            rotated(x, cos, sin, 1.0f, 1.0f, out, half);
+            rotated(x, cos, sin, 1.0f, out, half);
             if (narrow) store(to(is_key ? a->narrow_key : a->narrow_query, at, 1), out, s->width, 1);
         }
         for (integer head = 0; head < s->kv_heads; head++)
@@ -265,7 +264,7 @@ INLINE void collect_nodes(const collecting *a, integer begin, integer end, const
 #pragma omp simd
                 for (integer i = 0; i < s->width; i++) sum[i] += get(one, i, narrow);
             }
-            if (!is_value) rotated(sum, a->cos + node * half, a->sin + node * half, -1.0f, 1.0f, out, half);
+            if (!is_value) rotated(sum, a->cos + node * half, a->sin + node * half, -1.0f, out, half);
             store(to(a->out, (node * every + head) * s->width, narrow), is_value ? sum : out, s->width, narrow);
         }
 }

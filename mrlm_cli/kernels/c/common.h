@@ -54,11 +54,11 @@ INLINE void *to(void *numbers, integer index, const int narrow) {
     return (char *)numbers + index * (narrow ? 2 : 4);
 }
 
-/* e^x within 2 units in the last place of float32 for x <= 88; 0 below -87.3, where float32 has no normal number; NaN
-   of NaN. Range reduction by ln 2 in two parts (Cody & Waite 1980) and the Taylor polynomial of degree 7. */
+/* e^x within 2 units in the last place of float32 for x <= 88, and that of 88 above; 0 below -87.3, near which float32's
+   normal numbers end; NaN of NaN. Range reduction by ln 2 in two parts (Cody & Waite 1980) and the Taylor polynomial of degree 7. */
 INLINE float exponential(float x) {
     float bounded = x > 88.0f ? 88.0f : x;
-    float times = __builtin_rintf((bounded < -88.0f ? -88.0f : bounded) * 1.44269504089f);
+    float times = __builtin_rintf((bounded > -88.0f ? bounded : -88.0f) * 1.44269504089f); /* a number, of NaN too */
     float rest = bounded - times * 0.693359375f + times * 2.12194440054e-4f;
     float sum = 1.0f / 5040.0f;
     sum = sum * rest + 1.0f / 720.0f;
@@ -68,18 +68,18 @@ INLINE float exponential(float x) {
     sum = sum * rest + 0.5f;
     sum = sum * rest + 1.0f;
     sum = sum * rest + 1.0f;
-    int32_t exponent = ((int32_t)times + 127) << 23;
+    int32_t exponent = ((int32_t)times + 127) * (1 << 23);
     float power;
     memcpy(&power, &exponent, 4);
     return x < -87.3f ? 0.0f : sum * power;
 }
 
-INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+INLINE float sigmoid(float x) { return x < -88.0f ? 0.0f : 1.0f / (1.0f + exponential(-x)); }
 
 /* Does items begin..end of a piece of work; `thread` counts from 0. */
 typedef void (*work)(const void *arguments, integer begin, integer end, int thread);
 
 /* Deals `count` items out evenly, in order, to at most `threads` threads of torch's own pool. */
-void deal(work each, const void *arguments, integer count, int threads);
+__attribute__((visibility("hidden"))) void deal(work each, const void *arguments, integer count, int threads);
 
 #endif

@@ -11,7 +11,7 @@ static int (*thread_count)(void);
 typedef struct {
     work each;
     const void *arguments;
-    integer count;
+    integer count, limit;
 } share;
 
 void use_threads(void *run, void *number, void *count) {
@@ -23,13 +23,15 @@ void use_threads(void *run, void *number, void *count) {
 static void take(void *given) {
     const share *all = given;
     integer number = thread_number(), threads = thread_count();
+    if (threads > all->limit) threads = all->limit;
+    if (number >= threads) return;
     all->each(all->arguments, all->count * number / threads, all->count * (number + 1) / threads, (int)number);
 }
 
 void deal(work each, const void *arguments, integer count, int threads) {
-    share all = {each, arguments, count};
-    if (threads > 1 && parallel)
-        parallel(take, &all, (unsigned)threads, 0);
+    share all = {each, arguments, count, threads};
+    if (threads > 1)
+        parallel(take, &all, 0, 0); /* always the whole team: runtimes end the threads that a smaller one leaves over */
     else
         each(arguments, 0, count, 0);
 }

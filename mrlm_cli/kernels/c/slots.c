@@ -19,7 +19,7 @@ typedef struct {
     float *keys, *values;   /* [slots, kv_heads, capacity, d]: row r has slot r */
     const integer *positions; /* [rows]: where the new key and value go; earlier ones are attended to */
     void *out;              /* c [rows, heads d] */
-    float *scratch;         /* [threads, heads / kv_heads, capacity] */
+    float *scratch;         /* [threads, TOGETHER, capacity] */
     integer heads, kv_heads, width, capacity;
     float scaling;
 } step;

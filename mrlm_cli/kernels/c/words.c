@@ -8,7 +8,7 @@
 typedef struct {
     const void *logits; /* c [rows, words] */
     const integer *targets;
-    float inverse; /* of the temperature */
+    float temperature;
     float *logprobs, *log_total, *entropies; /* [rows]; entropies NULL: not wanted */
     integer words;
 } scores;
@@ -27,7 +27,7 @@ INLINE float largest(const void *numbers, integer count, const int narrow) {
 INLINE void score_rows(const scores *a, integer begin, integer end, const int narrow) {
     for (integer row = begin; row < end; row++) {
         const void *logits = from(a->logits, row * a->words, narrow);
-        const float inverse = a->inverse, highest = largest(logits, a->words, narrow) * inverse;
+        const float inverse = 1.0f / a->temperature, highest = largest(logits, a->words, narrow) * inverse;
         double total = 0, moment = 0;
         for (integer start = 0; start < a->words; start += BLOCK) {
             const integer stop = start + BLOCK < a->words ? start + BLOCK : a->words;
@@ -64,16 +64,16 @@ static void score_narrow(const void *a, integer begin, integer end, int thread) 
     score_rows(a, begin, end, 1);
 }
 
-void score(const void *logits, const integer *targets, float inverse, float *logprobs, float *log_total,
+void score(const void *logits, const integer *targets, float temperature, float *logprobs, float *log_total,
            float *entropies, integer rows, integer words, int narrow, int threads) {
-    scores a = {logits, targets, inverse, logprobs, log_total, entropies, words};
+    scores a = {logits, targets, temperature, logprobs, log_total, entropies, words};
     deal(narrow ? score_narrow : score_wide, &a, rows, threads);
 }
 
 typedef struct {
     const void *logits; /* c [rows, words] */
     const integer *targets;
-    float inverse;
+    float temperature;
     const float *log_total, *entropies, *of_logprobs, *of_entropies; /* [rows]; of_entropies NULL: zeros */
     void *out; /* c [rows, words] */
     integer words;
@@ -84,7 +84,7 @@ INLINE void score_gradient_rows(const score_gradient *a, integer begin, integer 
     for (integer row = begin; row < end; row++) {
         const void *logits = from(a->logits, row * words, narrow);
         void *out = to(a->out, row * words, narrow);
-        const float inverse = a->inverse, log_total = a->log_total[row], of_logprob = a->of_logprobs[row];
+        const float inverse = 1.0f / a->temperature, log_total = a->log_total[row], of_logprob = a->of_logprobs[row];
         const integer target = a->targets[row];
         float at_target = get(logits, target, narrow) * inverse - log_total;
         if (a->of_entropies) {
@@ -117,10 +117,10 @@ static void score_gradient_narrow(const void *a, integer begin, integer end, int
     score_gradient_rows(a, begin, end, 1);
 }
 
-void score_backward(const void *logits, const integer *targets, float inverse, const float *log_total,
+void score_backward(const void *logits, const integer *targets, float temperature, const float *log_total,
                     const float *entropies, const float *of_logprobs, const float *of_entropies, void *out,
                     integer rows, integer words, int narrow, int threads) {
-    score_gradient a = {logits, targets, inverse, log_total, entropies, of_logprobs, of_entropies, out, words};
+    score_gradient a = {logits, targets, temperature, log_total, entropies, of_logprobs, of_entropies, out, words};
     deal(narrow ? score_gradient_narrow : score_gradient_wide, &a, rows, threads);
 }
 
@@ -130,7 +130,7 @@ typedef struct {
     const double *uniforms;   /* [rows, 2] */
     integer *tokens;          /* [rows] */
     float *logprobs;          /* [rows] */
-    double *masses;           /* [threads, blocks] */
+    double *masses;           /* [threads, size]: no more blocks than words in one */
     integer words, size, blocks;
 } draws;
 
@@ -147,11 +147,11 @@ static integer inverted(const double *masses, integer count, double part) {
 }
 
 INLINE void draw_rows(const draws *a, integer begin, integer end, int thread, const int narrow) {
-    double *masses = a->masses + thread * (a->blocks > a->size ? a->blocks : a->size);
+    double *masses = a->masses + thread * a->size;
     for (integer row = begin; row < end; row++) {
         const void *logits = from(a->logits, row * a->words, narrow);
-        const float temperature = a->temperature[row], divisor = temperature == 0 ? 1.0f : temperature;
-        const float highest = largest(logits, a->words, narrow) / divisor;
+        const float temperature = a->temperature[row], inverse = temperature == 0 ? 1.0f : 1.0f / temperature;
+        const float highest = largest(logits, a->words, narrow) * inverse;
         double total = 0;
         for (integer block = 0; block < a->blocks; block++) {
             const integer start = block * a->size;
@@ -159,7 +159,7 @@ INLINE void draw_rows(const draws *a, integer begin, integer end, int thread, co
             double sum = 0;
 #pragma omp simd reduction(+ : sum)
             for (integer i = start; i < stop; i++)
-                sum += (double)exponential(get(logits, i, narrow) / divisor - highest);
+                sum += (double)exponential(get(logits, i, narrow) * inverse - highest);
             masses[block] = sum;
             total += sum;
         }
@@ -170,11 +170,11 @@ INLINE void draw_rows(const draws *a, integer begin, integer end, int thread, co
             const integer start = inverted(masses, a->blocks, a->uniforms[2 * row]) * a->size;
             const integer count = start + a->size < a->words ? a->size : a->words - start;
             for (integer i = 0; i < count; i++)
-                masses[i] = exponential(get(logits, start + i, narrow) / divisor - highest);
+                masses[i] = exponential(get(logits, start + i, narrow) * inverse - highest);
             token = start + inverted(masses, count, a->uniforms[2 * row + 1]);
         }
         a->tokens[row] = token;
-        a->logprobs[row] = (float)((double)(get(logits, token, narrow) / divisor - highest) - log(total));
+        a->logprobs[row] = (float)((double)(get(logits, token, narrow) * inverse - highest) - log(total));
     }
 }
 
