@@ -174,8 +174,15 @@ def test_the_engine_moves_with_the_adapters(family: str, fast: bool, precision: 
         engines.assert_agree(plain, requests, after, engines.cached(plain, precision).generate(requests), tolerance)
         engines.assert_agree(plain, requests, after, engines.reference(plain, precision).generate(requests), tolerance)
     else:
-        firsts = [row.logprobs[0] for row in engines.cached(plain, precision).generate(requests)]
-        assert [row.logprobs[0] for row in after] == pytest.approx(firsts, abs=tolerance)
+        merged = engines.cached(plain, precision).generate(requests)
+        # Rounded otherwise, a draw near a boundary may fall to another word.
+        same = [
+            (one.logprobs[0], other.logprobs[0])
+            for one, other in zip(after, merged, strict=True)
+            if one.tokens[0] == other.tokens[0]
+        ]
+        assert len(same) > 0.8 * len(requests)
+        assert [one for one, _ in same] == pytest.approx([other for _, other in same], abs=tolerance)
 
 
 def test_unknown_targets_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
