@@ -29,8 +29,8 @@ def sample(
     """
     assert logits.ndim == 2, logits.shape
     rows, words = logits.shape
-    if native.on(logits, temperature) and temperature.dtype == torch.float32:
-        return _by_kernel(logits.contiguous(), temperature.contiguous(), uniforms.contiguous())
+    if (library := native.on(logits, temperature)) and temperature.dtype == torch.float32:
+        return _by_kernel(library, logits.contiguous(), temperature.contiguous(), uniforms.contiguous())
     greedy = temperature == 0
     scaled = bool((temperature != 1).any()) if scaled is None else scaled
     drawn = not bool(greedy.all()) if drawn is None else drawn
@@ -59,28 +59,27 @@ def sample(
 
 
 def _by_kernel(
-    logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor
+    library: native.Library, logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    library = native.on(logits)
-    assert library is not None
     assert uniforms.dtype == torch.float64
     rows, words = logits.shape
     size, threads = _block_size(words), min(rows, native.threads(logits.numel()))
     tokens = torch.empty(rows, dtype=torch.int64)
     logprobs = torch.empty(rows, dtype=torch.float32)
     masses = torch.empty(threads, size, dtype=torch.float64)  # no more blocks than words in a block
-    library.draw(
-        native.at(logits),
-        native.at(temperature),
-        native.at(uniforms),
-        native.at(tokens),
-        native.at(logprobs),
-        native.at(masses),
+    native.run(
+        library.draw,
+        logits,
+        temperature,
+        uniforms,
+        tokens,
+        logprobs,
+        masses,
         rows,
         words,
         size,
-        native.narrow(logits),
-        threads,
+        like=logits,
+        threads=threads,
     )
     return tokens, logprobs
 

@@ -46,7 +46,7 @@ class Attention(torch.autograd.Function):
     ) -> Tensor:
         dtype = projected.dtype
         query, key, value = _parted(projected, cos, sin, packing, heads)
-        chances = _chances(query.wide @ key.wide.transpose(1, 2), scaling, packing, dtype)  # [B*kv, g*T, T]
+        chances = _chances(query.wide @ key.wide.transpose(1, 2), scaling, dtype)  # [B*kv, g*T, T]
         ctx.save_for_backward(query.own, key.own, value, chances, cos, sin)
         ctx.packing, ctx.heads, ctx.scaling = packing, heads, scaling
         return _joined(chances @ value, packing, heads)
@@ -59,7 +59,7 @@ class Attention(torch.autograd.Function):
         given = _given(gradient.contiguous(), packing, heads, cos.dtype)
         of_value = chances.transpose(1, 2) @ given.own
         of_chances = given.wide @ value.to(cos.dtype).transpose(1, 2)
-        slope = _slope(of_chances, chances, ctx.scaling, packing)
+        slope = _slope(of_chances, chances, ctx.scaling)
         of_query, of_key = slope @ key, slope.transpose(1, 2) @ query
         return _collected(of_query, of_key, of_value, cos, sin, packing, heads), None, None, None, None, None
 
@@ -103,19 +103,20 @@ def _parted(projected: Tensor, cos: Tensor, sin: Tensor, packing: Packing, heads
         query = wide_query if same else torch.empty_like(wide_query, dtype=dtype)
         key = wide_key if same else torch.empty_like(wide_key, dtype=dtype)
         value = torch.empty_like(key)
-        library.spread_heads(
-            native.at(projected),
-            native.at(cos),
-            native.at(sin),
-            native.at(packing.node),
-            native.at(wide_query),
-            native.at(wide_key),
-            native.at(query),
-            native.at(key),
-            native.at(value),
+        native.run(
+            library.spread_heads,
+            projected,
+            cos,
+            sin,
+            packing.node,
+            wide_query,
+            wide_key,
+            query,
+            key,
+            value,
             *_shape(packing, heads, width),
-            native.narrow(projected),
-            native.threads(wide_query.numel()),
+            like=projected,
+            threads=native.threads(wide_query.numel()),
         )
         return _Both(wide_query, query), _Both(wide_key, key), value
     x = projected.to(cos.dtype, copy=True).view(len(cos), heads.every, -1)
@@ -126,7 +127,7 @@ def _parted(projected: Tensor, cos: Tensor, sin: Tensor, packing: Packing, heads
     return _Both(query, query.to(dtype)), _Both(key, key.to(dtype)), value.to(dtype)
 
 
-def _chances(scores: Tensor, scaling: float, packing: Packing, dtype: torch.dtype) -> Tensor:
+def _chances(scores: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Products of queries and keys [B*kv, g*T, T] -> attention probabilities in `dtype`.
 
     Rows are padded behind their end only, so causality is the whole mask.
@@ -135,14 +136,15 @@ def _chances(scores: Tensor, scaling: float, packing: Packing, dtype: torch.dtyp
     if (library := native.on(scores)) and scores.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16):
         chances = scores if dtype == scores.dtype else torch.empty_like(scores, dtype=dtype)
         count = scores.numel()
-        library.causal_softmax(
-            native.at(scores),
-            native.at(chances),
+        native.run(
+            library.causal_softmax,
+            scores,
+            chances,
             scaling,
             count // longest,
             longest,
-            native.narrow(chances),
-            native.threads(count),
+            like=chances,
+            threads=native.threads(count),
         )
         return chances
     mask = scores.new_full((longest, longest), -torch.inf).triu_(1).repeat(scores.shape[1] // longest, 1)
@@ -154,14 +156,15 @@ def _joined(attended: Tensor, packing: Packing, heads: Heads) -> Tensor:
     width = attended.shape[-1]
     if library := native.on(attended):
         out = attended.new_empty(len(packing.owner), heads.queries * width)
-        library.join_heads(
-            native.at(attended),
-            native.at(packing.owner),
-            native.at(out),
+        native.run(
+            library.join_heads,
+            attended,
+            packing.owner,
+            out,
             len(out),
             *_shape(packing, heads, width),
-            native.narrow(out),
-            native.threads(out.numel()),
+            like=out,
+            threads=native.threads(out.numel()),
         )
         return out
     return _ungrouped(attended, packing, heads.keys).flatten(2).flatten(0, 1).index_select(0, packing.owner)
@@ -174,15 +177,16 @@ def _given(gradient: Tensor, packing: Packing, heads: Heads, wide: torch.dtype) 
     if (library := native.on(gradient)) and wide == torch.float32 and width <= library.widest_head:
         out = gradient.new_empty(rows * heads.keys, heads.queries // heads.keys * longest, width, dtype=torch.float32)
         own = out if gradient.dtype == wide else torch.empty_like(out, dtype=gradient.dtype)
-        library.join_heads_backward(
-            native.at(gradient),
-            native.at(packing.node),
-            native.at(packing.owner),
-            native.at(out),
-            native.at(own),
+        native.run(
+            library.join_heads_backward,
+            gradient,
+            packing.node,
+            packing.owner,
+            out,
+            own,
             *_shape(packing, heads, width),
-            native.narrow(gradient),
-            native.threads(out.numel()),
+            like=gradient,
+            threads=native.threads(out.numel()),
         )
         return _Both(out, own)
     if not packing.plain:
@@ -191,21 +195,22 @@ def _given(gradient: Tensor, packing: Packing, heads: Heads, wide: torch.dtype) 
     return _Both(own.to(wide), own)
 
 
-def _slope(of_chances: Tensor, chances: Tensor, scaling: float, packing: Packing) -> Tensor:
+def _slope(of_chances: Tensor, chances: Tensor, scaling: float) -> Tensor:
     """The gradient of the scores before scaling, [B*kv, g*T, T] in c; `of_chances` may be overwritten."""
     longest = chances.shape[-1]
     if (library := native.on(of_chances, chances)) and of_chances.dtype == torch.float32:
         slope = of_chances if chances.dtype == of_chances.dtype else torch.empty_like(chances)
         count = chances.numel()
-        library.causal_softmax_backward(
-            native.at(of_chances),
-            native.at(chances),
-            native.at(slope),
+        native.run(
+            library.causal_softmax_backward,
+            of_chances,
+            chances,
+            slope,
             scaling,
             count // longest,
             longest,
-            native.narrow(chances),
-            native.threads(count),
+            like=chances,
+            threads=native.threads(count),
         )
         return slope
     of_chances.sub_((of_chances * chances).sum(-1, keepdim=True)).mul_(chances)
@@ -220,19 +225,20 @@ def _collected(
     width, dtype = of_key.shape[-1], of_key.dtype
     if (library := native.on(of_query, cos)) and cos.dtype == torch.float32 and width <= library.widest_head:
         found = of_query.new_empty(len(cos), heads.every * width)
-        library.spread_heads_backward(
-            native.at(of_query),
-            native.at(of_key),
-            native.at(of_value),
-            native.at(cos),
-            native.at(sin),
-            native.at(packing.holders),
-            native.at(packing.starts),
-            native.at(found),
+        native.run(
+            library.spread_heads_backward,
+            of_query,
+            of_key,
+            of_value,
+            cos,
+            sin,
+            packing.holders,
+            packing.starts,
+            found,
             len(found),
             *_shape(packing, heads, width),
-            native.narrow(found),
-            native.threads(found.numel()),
+            like=found,
+            threads=native.threads(found.numel()),
         )
         return found
     parts = [_ungrouped(part, packing, heads.keys) for part in (of_query, of_key, of_value)]

@@ -58,17 +58,8 @@ def _norm(
     scale: Tensor | None,
 ) -> None:
     rows, width = x.shape
-    library.rms_norm(
-        native.at(x),
-        native.at(addend),
-        native.at(gain),
-        eps,
-        native.at(out),
-        native.at(scale),
-        rows,
-        width,
-        native.narrow(out),
-        native.threads(x.numel()),
+    native.run(
+        library.rms_norm, x, addend, gain, eps, out, scale, rows, width, like=out, threads=native.threads(x.numel())
     )
 
 
@@ -86,19 +77,20 @@ def rms_norm_backward(
         count = native.threads(x.numel())
         of_x, of_gain = torch.empty_like(x), x.new_zeros(count, width)
         y = torch.empty_like(of_y) if again else None
-        library.rms_norm_backward(
-            native.at(of_y),
-            native.at(besides),
-            native.at(x),
-            native.at(gain),
-            native.at(scale),
-            native.at(of_x),
-            native.at(of_gain),
-            native.at(y),
+        native.run(
+            library.rms_norm_backward,
+            of_y,
+            besides,
+            x,
+            gain,
+            scale,
+            of_x,
+            of_gain,
+            y,
             rows,
             width,
-            native.narrow(of_y),
-            count,
+            like=of_y,
+            threads=count,
         )
         return of_x, of_gain.sum(0), y
     of_normed = of_y.to(x.dtype, copy=True)
@@ -117,7 +109,7 @@ def swiglu(both: Tensor) -> Tensor:
     rows, width = len(both), both.shape[1] // 2
     if library := native.on(both):
         y = both.new_empty(rows, width)
-        library.swiglu(native.at(both), native.at(y), rows, width, native.narrow(both), native.threads(8 * y.numel()))
+        native.run(library.swiglu, both, y, rows, width, like=both, threads=native.threads(8 * y.numel()))
         return y
     gate, up = both.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate).mul_(up)
@@ -131,16 +123,17 @@ def swiglu_backward(of_y: Tensor, besides: Tensor | None, both: Tensor, *, again
         of_y = of_y.to(both.dtype).contiguous()
         besides = None if besides is None else besides.to(both.dtype).contiguous()
         y = torch.empty_like(of_y) if again else None
-        library.swiglu_backward(
-            native.at(of_y),
-            native.at(besides),
-            native.at(both),
-            native.at(out),
-            native.at(y),
+        native.run(
+            library.swiglu_backward,
+            of_y,
+            besides,
+            both,
+            out,
+            y,
             rows,
             width,
-            native.narrow(both),
-            native.threads(8 * of_y.numel()),
+            like=both,
+            threads=native.threads(8 * of_y.numel()),
         )
         return out, y
     if besides is not None:

@@ -132,16 +132,17 @@ def _score_by_kernel(
     logprobs = logits.new_empty(len(logits), dtype=torch.float32)
     log_total = torch.empty_like(logprobs)
     entropies = torch.zeros_like(logprobs)
-    library.score(
-        native.at(logits),
-        native.at(targets),
+    native.run(
+        library.score,
+        logits,
+        targets,
         temperature,
-        native.at(logprobs),
-        native.at(log_total),
-        native.at(entropies if entropy else None),
+        logprobs,
+        log_total,
+        entropies if entropy else None,
         *logits.shape,
-        native.narrow(logits),
-        native.threads(logits.numel()),
+        like=logits,
+        threads=native.threads(logits.numel()),
     )
     return logprobs, log_total, entropies
 
@@ -183,18 +184,19 @@ def _score_backward_by_kernel(
     library = native.on(logits)
     assert library is not None
     gradient = torch.empty_like(logits)
-    library.score_backward(
-        native.at(logits),
-        native.at(targets),
+    native.run(
+        library.score_backward,
+        logits,
+        targets,
         temperature,
-        native.at(log_total),
-        native.at(entropies),
-        native.at(of_logprobs),
-        native.at(of_entropies),
-        native.at(gradient),
+        log_total,
+        entropies,
+        of_logprobs,
+        of_entropies,
+        gradient,
         *logits.shape,
-        native.narrow(logits),
-        native.threads(logits.numel()),
+        like=logits,
+        threads=native.threads(logits.numel()),
     )
     return gradient
 

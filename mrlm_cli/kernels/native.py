@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_float, c_int, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,10 +99,12 @@ def on(*tensors: Tensor | None) -> Library | None:
     return _library
 
 
-def at(tensor: Tensor | None) -> int | None:
-    """Where a tensor's numbers lie; None where there is no tensor. They must be contiguous, and outlive the call."""
-    if tensor is None:
-        return None
+def run(function: Any, *given: Tensor | float | None, like: Tensor, threads: int) -> None:
+    """Call a kernel in the type of `like`. Tensors must be contiguous; they live until it returns."""
+    function(*(_place(each) if isinstance(each, Tensor) else each for each in given), narrow(like), threads)
+
+
+def _place(tensor: Tensor) -> int:
     assert tensor.is_contiguous()
     return tensor.data_ptr()
 

@@ -36,18 +36,14 @@ def _by_onednn(x: Tensor, rows: int) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [N,I], weight [O,I], bias [O] -> x weightᵀ + bias [N,O]. Not differentiable where oneDNN is used."""
     if _by_onednn(x, weight.shape[0]):
-        assert _ONEDNN is not None
-        product: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
-        return product
+        return _onednn_product(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
 
 
 def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     """gradient [N,O], weight [O,I] -> [N,I]."""
     if _by_onednn(gradient, weight.shape[1]):
-        assert _ONEDNN is not None
-        product: Tensor = _ONEDNN(gradient, weight.t(), None, "none", [], "")
-        return product
+        return _onednn_product(gradient, weight.t(), None)
     return gradient @ weight
 
 
@@ -111,13 +107,8 @@ def _laid_out(weight: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor 
     if library is not None and library.can_multiply(native.narrow(weight)) and inputs % 2 == 0:
         weight = weight.contiguous()
         panels = weight.new_empty(-(-outputs // library.columns) * library.columns, inputs)
-        library.lay_out(
-            native.at(weight),
-            native.at(panels),
-            outputs,
-            inputs,
-            native.narrow(weight),
-            native.threads(weight.numel()),
+        native.run(
+            library.lay_out, weight, panels, outputs, inputs, like=weight, threads=native.threads(weight.numel())
         )
         return panels, functools.partial(_by_kernel, library, outputs)
     if (
@@ -126,7 +117,7 @@ def _laid_out(weight: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor 
         and weight.dtype in (torch.float32, torch.bfloat16)
         and weight.numel() >= _WORTH_LAYING_OUT
     ):
-        return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS), _by_onednn_laid_out
+        return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS), _onednn_product
     return weight, torch.nn.functional.linear
 
 
@@ -134,20 +125,13 @@ def _by_kernel(library: native.Library, outputs: int, x: Tensor, panels: Tensor,
     assert (x.dtype, x.shape[1]) == (panels.dtype, panels.shape[1])
     x = x.contiguous()
     out = x.new_empty(len(x), outputs)
-    library.multiply(
-        native.at(x),
-        native.at(panels),
-        native.at(bias),
-        native.at(out),
-        *x.shape,
-        outputs,
-        native.narrow(x),
-        native.threads(panels.numel()),
+    native.run(
+        library.multiply, x, panels, bias, out, *x.shape, outputs, like=x, threads=native.threads(panels.numel())
     )
     return out
 
 
-def _by_onednn_laid_out(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert _ONEDNN is not None
     product: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
     return product

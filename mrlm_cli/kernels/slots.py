@@ -36,21 +36,22 @@ def attend(
     threads = min(rows * heads.keys, native.threads(rows * capacity * width))
     out = projected.new_empty(rows, heads.queries * width)
     scores = keys.new_empty(threads * library.together * capacity)
-    library.attend_slots(
-        native.at(projected),
-        *map(native.at, angles),
-        native.at(keys),
-        native.at(values),
-        native.at(positions),
-        native.at(out),
-        native.at(scores),
+    native.run(
+        library.attend_slots,
+        projected,
+        *angles,
+        keys,
+        values,
+        positions,
+        out,
+        scores,
         rows,
         heads.queries,
         heads.keys,
         width,
         capacity,
         scaling,
-        native.narrow(projected),
-        threads,
+        like=projected,
+        threads=threads,
     )
     return out
