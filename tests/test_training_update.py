@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from mrlm_cli.errors import NonFiniteError
 from mrlm_cli.events import Listener
 from mrlm_cli.records import Batch, PolicyOut, Progress
-from mrlm_cli.training.annotate import annotate
+from mrlm_cli.training.annotate import Gap, annotate
 from mrlm_cli.training.collate import collate, micro_batches
 from mrlm_cli.training.loop import iteration, run
 from mrlm_cli.training.stopping import Stopper
@@ -182,6 +183,61 @@ def test_a_value_that_is_not_finite_refuses_the_iteration_and_names_the_episode(
         made.policy.forward = broken  # type: ignore[method-assign, assignment]
         iteration(made)
     assert any("not finite" in text and "episodes" in text for text in heard)
+
+
+def with_logprobs(batch: Batch, value: float) -> torch.Tensor:
+    """The batch's log-probs [B,T], `value` at the first chosen token of the first row."""
+    found = batch.logprobs.clone()
+    found[0, batch.mask[0].nonzero()[0]] = value
+    return found
+
+
+@pytest.mark.parametrize("order", [(torch.nan, -3.0), (-3.0, torch.nan)])
+def test_the_gap_keeps_a_nan_wherever_it_comes(tmp_path: Path, order: tuple[float, float]) -> None:
+    with trainer(tmp_path / "run", tiny()) as made:
+        batch = credited(made)
+        gap = Gap()
+        assert gap.finite
+        for value in order:
+            gap.add(batch, with_logprobs(batch, value))
+    assert not gap.finite
+    found = gap.sums().means()
+    assert math.isnan(found["sampler_gap"])
+    assert math.isnan(found["sampler_gap_max"])
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, -torch.inf])
+def test_a_log_prob_that_is_not_finite_refuses_the_step_also_where_it_carries_no_weight(
+    tmp_path: Path, wrong: float
+) -> None:
+    heard: list[str] = []
+
+    class Ear(Listener):
+        def warned(self, text: str) -> None:
+            heard.append(text)
+
+    recipe = tiny(
+        algorithm={"type": "grpo", "truncation": "mask", "kl": {"coef": 0.0}},
+        sampling={"tasks_per_step": 6, "episodes_per_task": 4, "max_new_tokens": 3},  # an untrained policy is cut
+    )
+    with trainer(tmp_path / "run", recipe, Ear()) as made:
+        forward, broken = made.policy.forward, []
+
+        def weightless(tokens: torch.Tensor, lengths: torch.Tensor, score: torch.Tensor, **options: Any) -> PolicyOut:
+            out: PolicyOut = forward(tokens, lengths, score, **options)
+            if not broken:
+                broken.append(True)
+                row = int((lengths == lengths.max()).nonzero()[0])  # the longest replies are the cut ones
+                out.logprobs.data[row, score[row].nonzero()[0]] = wrong
+            return out
+
+        made.policy.forward = weightless  # type: ignore[method-assign, assignment]
+        before = {name: p.detach().clone() for name, p in made.policy.named_parameters()}
+        iteration(made)
+        assert broken
+        assert made.run.metrics()[0]["refused_steps"] == 1
+        assert all(torch.equal(p, before[name]) for name, p in made.policy.named_parameters())
+    assert [text for text in heard if "a log-prob that is not finite; episodes" in text]
 
 
 @pytest.mark.parametrize("sound", [True, False])

@@ -21,12 +21,17 @@ OldFrom = Literal["scoring", "sampler", "update"]
 class Gap:
     """|sampler's log-prob − trainer's| of chosen tokens: the price of decoding and scoring being two programs.
 
-    In float32 it must be rounding. `sampler_gap` is its mean, `sampler_gap_max` the largest.
+    In float32 it must be rounding. `sampler_gap` is its mean, `sampler_gap_max` the largest; both keep a NaN.
     """
 
     def __init__(self) -> None:
         self._sums = Sums()
-        self._largest = 0.0
+        self._largest = torch.zeros(())
+
+    @property
+    def finite(self) -> bool:
+        """Whether every log-prob that was added is a number."""
+        return bool(torch.isfinite(self._largest))
 
     @torch.no_grad()
     def add(self, batch: Batch, logprobs: torch.Tensor) -> None:
@@ -34,7 +39,7 @@ class Gap:
         seen = batch.mask & batch.score
         gap = torch.where(seen, (batch.logprobs - logprobs).abs(), 0.0)
         self._sums.add("sampler_gap", gap.sum(), seen.sum())
-        self._largest = max(self._largest, float(gap.max()))
+        self._largest = torch.maximum(self._largest.to(gap), gap.max())  # Python's max would drop a NaN
 
     def sums(self) -> Sums:
         """What was added so far, as metrics."""

@@ -160,6 +160,9 @@ class Updater:
                 )
                 if gap is not None:
                     gap.add(part, out.logprobs)
+                    if not gap.finite:  # also where it carries no weight, and so is not in the loss
+                        self._adam.zero()
+                        raise Refused("a log-prob that is not finite", _culprits(out.logprobs, None, part))
                 if needs.old and part.old_logprobs is None:
                     part = part.replace(old_logprobs=out.logprobs.detach())
                 parts, metrics = self._algorithm.loss(out, part, progress)
