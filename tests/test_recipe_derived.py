@@ -8,11 +8,13 @@ import pytest
 from pydantic import TypeAdapter
 
 from mrlm_cli.errors import CheckpointError
-from mrlm_cli.policy import load
+from mrlm_cli.policy import load, pretrained
+from mrlm_cli.policy.model import Policy
 from mrlm_cli.recipe import compose, explain, json_schema, shape
 from mrlm_cli.recipe.derived import derive
 from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.recipe.sections import ModelSection, Optimizer, PretrainedModel, ScratchModel
+from tests.test_policy_families import FAMILIES
 
 
 def test_the_quickstarts_numbers() -> None:
@@ -97,6 +99,34 @@ def test_a_broken_config_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config.json"):
         shape.of(PretrainedModel(type="pretrained", path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_reference_takes_the_bytes_that_are_counted(tmp_path: Path, family: str, moves: bool, precision: str) -> None:
+    lm = pretrained.settled(FAMILIES[family]())
+    with pretrained.quiet():
+        lm.save_pretrained(tmp_path)
+    found = shape.of(PretrainedModel(type="pretrained", path=str(tmp_path)))
+    assert found is not None
+    reference = load.reference(Policy(lm, None, precision=precision), moves=moves)
+    held = sum(parameter.numel() * parameter.element_size() for parameter in reference.parameters())
+    assert shape.reference_bytes(found, precision, moves=moves) == held
+
+
+def test_memory_counts_a_resting_reference_by_its_own_type() -> None:
+    def memory(*overrides: str) -> int:
+        found = derive(compose.load("quickstart", ["model.hidden=2048", *overrides]).recipe).memory_estimate_mib
+        assert found is not None
+        return found
+
+    def reference(*overrides: str) -> int:
+        return memory("algorithm.kl.coef=0.1", *overrides) - memory(*overrides)
+
+    float32 = 2 * (4 * 2048**2 + 3 * 2048 * 4096) * 4 / 2**20  # two layers' matrices; the embedding is small
+    assert reference() == pytest.approx(float32, rel=0.01)
+    assert reference("hardware.precision=bfloat16") == pytest.approx(float32 / 2, rel=0.01)
 
 
 def test_memory_grows_with_what_needs_it() -> None:

@@ -110,8 +110,10 @@ def _memory(recipe: Recipe, found: Shape, needs: Needs, longest: int, episodes: 
         held += found.parameters + (found.parameters if critic and model.value.path is not None else 0)
         reference = needs.reference and needs.sync is not None
     weights = held * 4 + trained * (4 + 8)  # fp32 masters; gradients and two Adam moments
-    copies = found.parameters * ((4 if reference else 0) + (2 if number == 2 else 0))
-    copies += _frozen(recipe, found) * (4 + (2 if number == 2 else 0))
+    narrowed = 2 if number == 2 else 0  # an engine decodes with a copy in bfloat16
+    copies = found.parameters * narrowed + _frozen(recipe, found) * (4 + narrowed)
+    if reference:
+        copies += shape.reference_bytes(found, recipe.hardware.precision, moves=needs.sync is not None)
     tokens = recipe.optimizer.tokens_per_micro_batch
     layer = (8 * found.hidden + 2 * found.key_width + 4 * found.mlp) * number  # kept for the backward pass
     layers = (

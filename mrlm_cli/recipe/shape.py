@@ -10,7 +10,7 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from mrlm_cli.recipe import checkpoints
 from mrlm_cli.recipe.sections import PretrainedModel, ScratchModel
 
 ADAPTER_CONFIG = "adapter_config.json"
+# Families whose frozen copies hold their matrices in bfloat16 where products are: see `policy.load.reference`.
+PACKED = ("llama", "mistral", "qwen2", "qwen3")
 SPECIAL_TOKENS = 3  # padding, end and unknown, before the scratch alphabet
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
@@ -37,6 +39,7 @@ class Shape:
     vocabulary: int
     context: int | None
     linear: tuple[tuple[str, int], ...]  # (name of a linear layer, inputs + outputs summed over all layers)
+    narrow: int  # of the parameters, those in matrices that a frozen copy holds in bfloat16 where products are
 
 
 def of(model: ScratchModel | PretrainedModel) -> Shape | None:
@@ -78,6 +81,12 @@ def trained_parameters(model: ScratchModel | PretrainedModel, shape: Shape, *, v
     return trunks * adapter_parameters(model, shape) + (_head_parameters(model, shape) if values else 0)
 
 
+def reference_bytes(shape: Shape, precision: str, *, moves: bool) -> int:
+    """Of a reference with weights of its own: float32, but matrices that never move as narrow as their products."""
+    narrow = shape.narrow if precision == "bfloat16" and not moves else 0
+    return 4 * shape.parameters - 2 * narrow
+
+
 def _head_parameters(model: ScratchModel | PretrainedModel, shape: Shape) -> int:
     """H + 1 (linear), H² + 2H + 1 (mlp)."""
     width = shape.hidden
@@ -94,12 +103,13 @@ def adapter_parameters(model: ScratchModel | PretrainedModel, shape: Shape) -> i
 def _scratch(model: ScratchModel) -> Shape:
     width, mlp = model.hidden, model.mlp or 2 * model.hidden
     words = SPECIAL_TOKENS + (256 if model.tokenizer == "bytes" else len(model.characters))
-    layer = 4 * width * width + 3 * width * mlp + 2 * width  # attention, gated MLP, two norms; no biases
-    parameters = words * width + model.layers * layer + width  # the head is tied to the embedding
+    matrices = model.layers * (4 * width * width + 3 * width * mlp)  # attention, gated MLP; no biases
+    parameters = words * width + matrices + model.layers * 2 * width + width  # norms; the head is the embedding
     square, wide = 2 * width * model.layers, (width + mlp) * model.layers
     linear = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), square)
     linear |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), wide)
-    return Shape(parameters, 0, model.layers, width, mlp, width, words, model.context, tuple(sorted(linear.items())))
+    linears = tuple(sorted(linear.items()))
+    return Shape(parameters, 0, model.layers, width, mlp, width, words, model.context, linears, matrices)
 
 
 def directory(path: Path) -> Path | None:
@@ -140,16 +150,28 @@ def _pretrained(directory: Path) -> Shape | None:
         vocabulary=words,
         context=_first(config, "max_position_embeddings", "n_positions"),
         linear=_linear(shapes),
+        narrow=sum(math.prod(shape) for _, shape in _matrices(shapes)) if _packed(config) else 0,
     )
 
 
 def _linear(shapes: Mapping[str, list[int]]) -> tuple[tuple[str, int], ...]:
-    """The matrices inside numbered layers: embeddings and the head stand outside of them."""
     found: Counter[str] = Counter()
+    for name, shape in _matrices(shapes):
+        found[name] += sum(shape)
+    return tuple(sorted(found.items()))
+
+
+def _matrices(shapes: Mapping[str, list[int]]) -> Iterator[tuple[str, list[int]]]:
+    """(last name, shape) of the matrices inside numbered layers: embeddings and the head stand outside of them."""
     for name, shape in shapes.items():
         if (match := re.search(r"\.\d+\.(?:.+\.)?(\w+)\.weight$", f".{name}")) and len(shape) == 2:
-            found[match[1]] += sum(shape)
-    return tuple(sorted(found.items()))
+            yield match[1], shape
+
+
+def _packed(config: Mapping[str, Any]) -> bool:
+    """Whether the trunk is of Llama shape, as far as its config tells: `kernels.llama` looks at the built model."""
+    slides = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
+    return config.get("model_type") in PACKED and not slides and config.get("hidden_act", "silu") == "silu"
 
 
 def _tensors(file: Path) -> dict[str, list[int]]:
