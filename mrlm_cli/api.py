@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrlm_cli import registry
-from mrlm_cli.errors import CheckpointError, UserError
+from mrlm_cli.errors import UserError
 from mrlm_cli.events import Collected, Evaluation, Listener, Wanted
 from mrlm_cli.recipe import checkpoints, compose
 from mrlm_cli.recipe.agents import Scripted
@@ -60,12 +60,25 @@ def demand(composed: Composed) -> None:
     outside.demand(absent(composed))
 
 
-def refuse_existing(run_dir: Path) -> None:
-    """Raises UserError, with the command to go on, if a run of this name was trained already or something else lies
-    there, RunDirectoryError if a process trains in it."""
+def first_step(composed: Composed, run_dir: Path, *, continue_run: bool, warn: Callable[[str], None]) -> int:
+    """The step from which `train` would go on in `run_dir`: 0 for a new run. Broken checkpoints are told to `warn`.
+
+    Raises what `train` would: UserError if the name is taken or, with `continue_run`, is another recipe's,
+    CheckpointError, RunDirectoryError if a process trains in it. Imports torch only to compare with a run.
+    """
+    from mrlm_cli.training import continuing
     from mrlm_cli.training.rundir import RunDirectory
 
-    RunDirectory.refuse_existing(run_dir)
+    if not (continue_run and continuing.is_there(run_dir)):
+        RunDirectory.refuse_existing(run_dir)
+        return 0
+    _import_training()
+    from mrlm_cli.training.stage import settled
+
+    run = continuing.same_run(run_dir, composed, settled(composed.recipe, composed.folders))
+    with run.lock():
+        checkpoint = continuing.newest(run, warn)
+    return 0 if checkpoint is None else checkpoints.step_of(checkpoint)
 
 
 def absent(checked: Composed | Checked) -> list[Absent]:
@@ -86,23 +99,15 @@ def train(composed: Composed, *, run_dir: Path | None = None, continue_run: bool
     """
     demand(composed)
     _import_training()
-    from mrlm_cli.training import machine
-    from mrlm_cli.training.rundir import RunDirectory, untrained
+    from mrlm_cli.training import continuing, machine
+    from mrlm_cli.training.rundir import RunDirectory
     from mrlm_cli.training.stage import settled
 
     path = run_dir or Path("runs") / composed.recipe.name
     recipe = settled(composed.recipe, composed.folders)
     recipe_yaml = compose.dump(recipe)
-    if continue_run and path.exists() and not untrained(path):
-        run = RunDirectory.open(path)
-        folders = tuple(Path(folder) for folder in run.origin()["folders"])
-        there = compose.load(path / "recipe.yaml", folders=folders).recipe
-        if differs := compose.different(there, composed.recipe, recipe):
-            raise UserError(
-                f"{path} holds a run of another recipe{differs}; "
-                f"choose another with --run-dir or name=…, or go on with it as it is: mrlm resume {path}"
-            )
-        return resume(path, (), plain=plain)
+    if continue_run and continuing.is_there(path):
+        return resume(continuing.same_run(path, composed, recipe).path, (), plain=plain)
     RunDirectory.refuse_existing(path)
     origin = {
         "origins": composed.origins,
@@ -316,7 +321,7 @@ def _run(
     `plugins` are the hashes recorded at the start of a run that is resumed; None for a new run.
     """
     from mrlm_cli.kernels import native
-    from mrlm_cli.training import checkpoint, loop
+    from mrlm_cli.training import checkpoint, continuing, loop
     from mrlm_cli.training.announce import Announcer
     from mrlm_cli.training.stage import Stage
     from mrlm_cli.training.stopping import Stopper
@@ -338,15 +343,8 @@ def _run(
                 announce.warned(f"the former run {run.path} ended before its first step, and is replaced")
             if plugins is not None:
                 checkpoint.sweep(run.checkpoints)
-                newest = checkpoint.newest_whole(run.checkpoints, announce.warned)
-                if newest is not None:
+                if newest := continuing.newest(run, announce.warned):
                     trainer.load(newest)
-                elif broken := checkpoints.trained(run.checkpoints):
-                    # Going on from step 0 would throw the run's records away for what may be a passing fault.
-                    raise CheckpointError(
-                        f"{run.path}: none of its checkpoints is whole ({broken[0].name} is the newest); "
-                        "bring one back, or begin anew under another --run-dir"
-                    )
                 if trainer.step > recipe.steps:
                     raise UserError(f"steps={recipe.steps}: {run.path} has come to step {trainer.step} already")
                 run.rewind(trainer.step)

@@ -339,6 +339,10 @@ def test_a_dry_run_checks_and_does_nothing(run: Run, tmp_path: Path) -> None:
         2,
         "runs/small exists already and is not a run directory; choose another name or --run-dir\n",
     )
+    for words in (["--dry-run"], ["--plain"]):
+        code, _, err = run("train", "small.yaml", "--continue", *words)
+        assert (code, err.partition(":")[0]) == (2, "runs/small is not a run directory")
+    (tmp_path / "runs" / "small").rmdir()
     assert run("train", "small.yaml", "--dry-run", "--continue")[0] == 0
 
 

@@ -261,6 +261,27 @@ def test_going_on_with_another_recipe_is_told_by_its_settings(capsys) -> None:
     assert "; …)" in told
 
 
+def test_a_dry_run_tells_what_going_on_would(capsys) -> None:
+    run = train(RECIPE, "steps=3", "checkpoint.every=1", "checkpoint.keep=2")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+    same = ["train", "mine.yaml", "steps=3", "checkpoint.every=1", "checkpoint.keep=2", "--continue"]
+    for change in ("seed=9", "optimizer.lr=0.5", "hardware.threads=2"):
+        real, dry = (said(capsys, *same, change, *more) for more in ([], ["--dry-run"]))
+        assert "holds a run of another recipe" in dry
+        assert dry == real
+    with RunDirectory(run).lock():
+        assert "trains in it" in said(capsys, *same, "--dry-run", code=1)
+    for done, told in ((3, "is at its end"), (2, "goes on from step 2")):
+        assert main([*same, "--dry-run"]) == 0
+        assert f"runs/mine holds a run of this recipe, which {told}\n" in capsys.readouterr().out
+        (run / "checkpoints" / f"step-{done:06}" / "state.json").write_text("broken")
+    real, dry = (said(capsys, *same, *more, code=1) for more in ([], ["--dry-run"]))
+    assert "none of its checkpoints is whole" in dry
+    assert real.endswith(dry)  # after the warnings that name the broken ones
+    for path, content in before.items():
+        assert path.name == "state.json" or path.read_bytes() == content
+
+
 def test_a_run_from_before_a_setting_was_there_is_gone_on_with(capsys) -> None:
     run = train(RECIPE)
     stored = (run / "recipe.yaml").read_text().splitlines(keepends=True)

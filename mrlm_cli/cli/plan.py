@@ -31,11 +31,10 @@ EXTRAS = {
 
 
 def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:
-    """Print the plan. Raises UserError or MissingExtra for what would stop the training at its start."""
+    """Print the plan. Raises UserError, MissingExtra, … for what would stop the training at its start."""
     recipe = composed.recipe
-    if not continue_run:
-        api.refuse_existing(run_dir)
     api.demand(composed)
+    done = api.first_step(composed, run_dir, continue_run=continue_run, warn=print)
     from_gguf = isinstance(recipe.model, PretrainedModel) and recipe.model.path.endswith(".gguf")
     if from_gguf and any(importlib.util.find_spec(module) is None for module in EXTRAS["gguf"]):
         raise MissingExtra("reading a GGUF file", "gguf")
@@ -58,6 +57,11 @@ def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:
         names += f", each read {steps * recipe.data.rows_per_step / len(loaded.train):.1f} times,"
         print("".join(f"{note}\n" for note in loaded.notes()), end="")
     print(f"{composed.path.name}: {recipe.algorithm.type} on {names} for {steps} steps, into {run_dir}")
+    if done:
+        print(
+            f"{run_dir} holds a run of this recipe, which "
+            + (f"goes on from step {done}" if done < steps else "is at its end")
+        )
     print("\n".join(derived_lines(derive(recipe, composed.folders))))
     print("dry run: everything above was checked, nothing was built, trained or written")
 
