@@ -82,7 +82,7 @@ def first_step(composed: Composed, run_dir: Path, *, continue_run: bool, warn: C
 
 
 def absent(checked: Composed | Checked) -> list[Absent]:
-    """Files, functions, models and runs that a recipe or fragment names and that are not there. Nothing is loaded."""
+    """Files, functions, models, runs, extras that a recipe or fragment needs and are not there. Nothing is loaded."""
     from mrlm_cli.policy import fetch
     from mrlm_cli.recipe import outside
 

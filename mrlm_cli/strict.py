@@ -43,6 +43,14 @@ class Strict(BaseModel):
         use_attribute_docstrings=True,
     )
 
+    @property
+    def needed_extras(self) -> tuple[str, ...]:
+        """The extras of mrlm, as `math` in mrlm[math], without which what these settings describe cannot be made.
+
+        Files and models that they name are looked at besides.
+        """
+        return ()
+
 
 class EnvironmentSettings(Strict):
     """The settings that every environment has."""

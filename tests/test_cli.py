@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 
 from mrlm_cli import api
-from mrlm_cli.cli import plan
 from mrlm_cli.cli.app import app, main
 from mrlm_cli.errors import Interrupted, MrlmError, NonFiniteError, RunDirectoryError
 from mrlm_cli.events import Estimate, Evaluation
-from mrlm_cli.recipe import compose
+from mrlm_cli.recipe import compose, extras
 from tests.test_recipe_bad_input import GOOD
 
 Run = Callable[..., tuple[int, str, str]]
@@ -383,7 +382,7 @@ def test_info_is_complete(run: Run) -> None:
     facts = json.loads(run("info", "--json")[1])
     assert facts["cpus"] >= 1
     assert facts["memory_mib"] > 100
-    assert set(facts["extras"]) == set(plan.EXTRAS)
+    assert set(facts["extras"]) == set(extras.MODULES)
     assert Path(facts["recipes"]).is_dir()
     assert facts["c compiler"]
     assert "python" in run("info")[1]

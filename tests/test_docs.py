@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from mrlm_cli import registry
-from mrlm_cli.cli import plan
 from mrlm_cli.cli.app import app
 from mrlm_cli.metrics import METRICS
-from mrlm_cli.recipe import compose
+from mrlm_cli.recipe import compose, extras
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = sorted(command.name or "" for command in app.registered_commands)
@@ -65,4 +64,4 @@ def test_the_readme_shows_the_quickstart_as_it_is() -> None:
 
 
 def test_the_extras_that_commands_look_for_exist() -> None:
-    assert set(plan.EXTRAS) == set(EXTRAS) - {"test"}
+    assert set(extras.MODULES) == set(EXTRAS) - {"test"}

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import yaml
 
-from mrlm_cli import api
+from mrlm_cli import api, registry
 from mrlm_cli.cli.app import main
+from mrlm_cli.envs import sentiment
+from mrlm_cli.errors import MissingExtra
+from mrlm_cli.policy import gguf, lora
+from mrlm_cli.recipe import compose, extras
 from mrlm_cli.recipe.checkpoints import name
+from mrlm_cli.recipe.schema import Recipe
+from mrlm_cli.rewards import text as text_rewards
 from tests.data_helpers import chats
 
 HEAD = """\
@@ -158,3 +169,87 @@ def test_a_reward_model_that_is_another_kind_of_run(capsys: pytest.CaptureFixtur
         "is a run without a checkpoint yet"
         in validated(capsys, text.replace("reward_model", "local_judge") % "runs/empty")[1][0]
     )
+
+
+PLAIN = {
+    "name": "r",
+    "steps": 2,
+    "model": {"type": "scratch", "layers": 1, "hidden": 32},
+    "algorithm": {"type": "ppo"},
+    "environments": [{"type": "sort_digits"}],
+    "sampling": {"max_new_tokens": 4, "max_turns": 100},
+}
+READS = {"environments": None, "sampling": None, "algorithm": {"type": "sft"}}
+NEEDY: list[tuple[str, str, dict[str, Any]]] = [
+    ("sentiment", "environments.0", {"environments": [{"type": "sentiment"}]}),
+    ("sentiment", "rewards.0", {"rewards": [{"type": "lexicon"}]}),
+    ("code", "environments.0", {"environments": [{"type": "code", "path": "human_eval"}]}),
+    ("search", "environments.0", {"environments": [{"type": "tools", "tools": ["search"]}]}),
+    ("math", "environments.0", {"environments": [{"type": "math", "checker": "math_verify"}]}),
+    ("reasoning", "environments.0", {"environments": [{"type": "reasoning", "tasks": {"chain_sum": 1}}]}),
+    ("textarena", "environments.0", {"environments": [{"type": "textarena", "game": "GuessTheNumber-v0"}]}),
+    (
+        "gymnasium",
+        "environments.0",
+        {"environments": [{"type": "gymnasium", "id": "CartPole-v1", "success_reward": 9.0}]},
+    ),
+    ("verifiers", "environments.0", {"environments": [{"type": "verifiers", "path": "./score.py:good"}]}),
+    ("mcp", "environments.0.mcp.0", {"environments": [{"type": "tools", "mcp": [{"command": ["python"]}]}]}),
+    ("judge", "rewards.0", {"rewards": [{"type": "judge", "url": "http://x/v1", "model": "m", "instruction": "Say"}]}),
+    ("parquet", "environments.0.path", {"environments": [{"type": "math", "path": "rows.parquet"}]}),
+    ("parquet", "data", {**READS, "data": {"type": "parquet", "path": "rows.parquet"}}),
+    ("hub", "data", {**READS, "data": {"type": "hub", "path": "someone/rows"}}),
+    ("gguf", "model.path", {"model": {"type": "pretrained", "path": "./m.gguf"}}),
+    ("lora", "model.lora", {"model": {**PLAIN["model"], "lora": {"rank": 2}}}),
+    ("lora", "model.path", {"model": {"type": "pretrained", "path": "./adapters"}}),
+]
+
+
+@pytest.mark.parametrize(("extra", "key", "sections"), NEEDY)
+def test_an_extra_that_is_needed_and_not_installed_is_told_by_the_setting_that_needs_it(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    extra: str,
+    key: str,
+    sections: dict[str, Any],
+) -> None:
+    for file in ("rows.parquet", "m.gguf"):
+        Path(file).touch()
+    Path("adapters").mkdir()
+    Path("adapters/adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
+    whole = {name: value for name, value in {**PLAIN, **sections}.items() if value is not None}
+    text = yaml.safe_dump(whole, sort_keys=False)
+    for module in [*extras.MODULES[extra], *sys.modules]:
+        if module.partition(".")[0] in extras.MODULES[extra]:
+            monkeypatch.setitem(sys.modules, module, None)
+    for kept in (sentiment._scorer, text_rewards._vader):
+        kept.cache_clear()
+    code, lines = validated(capsys, text)
+    assert (code, lines[0]) == (0, "r.yaml: a valid recipe")
+    told = lines[1].removeprefix("  not here yet: ")
+    assert re.fullmatch(rf"r\.yaml:\d+:\d+ {key}: needs an optional package: pip install 'mrlm\[{extra}\]'", told)
+    assert lines[2:] == []
+    for more in (["--dry-run"], []):
+        assert main(["train", "r.yaml", *more]) == 2
+        assert capsys.readouterr().err == f"{told}\n"
+    with pytest.raises(MissingExtra, match=rf"mrlm\[{extra}\]"):  # so does what is made without being checked before
+        make(compose.load("r.yaml").recipe, key)
+    capsys.readouterr()  # a sandbox says which one it is
+    for module in extras.MODULES[extra]:
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    assert validated(capsys, text) == (0, ["r.yaml: a valid recipe"])
+
+
+def make(recipe: Recipe, key: str) -> None:
+    """Make what the setting belongs to, as a run does."""
+    section, model = key.partition(".")[0], recipe.model
+    if section == "model" and model.type == "pretrained" and model.path.endswith(".gguf"):
+        gguf.require()
+    elif section == "model":
+        lora._peft()
+    elif section == "data":
+        assert recipe.data is not None
+        next(registry.resolve("data", recipe.data.type)(recipe.data).rows("train"))
+    else:
+        (settings,) = getattr(recipe, section)
+        registry.resolve(section, settings.type)(settings).size("train")

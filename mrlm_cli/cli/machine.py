@@ -65,7 +65,7 @@ def info(as_json: AsJson = False) -> None:
 
 def _facts() -> dict[str, Any]:
     from mrlm_cli import api
-    from mrlm_cli.cli.plan import EXTRAS
+    from mrlm_cli.recipe import extras
     from mrlm_cli.recipe.compose import shipped
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -78,10 +78,7 @@ def _facts() -> dict[str, Any]:
         "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20,
         "gpus": len(list(Path("/dev").glob("nvidia[0-9]*"))),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "extras": {
-            extra: "installed" if all(importlib.util.find_spec(module) for module in modules) else "not installed"
-            for extra, modules in EXTRAS.items()
-        },
+        "extras": {extra: "installed" if extras.installed(extra) else "not installed" for extra in extras.MODULES},
         "sandbox": api.sandbox(),
         "c compiler": api.c_compiler(),
         "recipes": str(next(iter(shipped("recipes").values())).parent),

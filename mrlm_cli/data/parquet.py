@@ -16,6 +16,11 @@ class Parquet(FileDataset):
     class Config(FileSettings):
         """A parquet file."""
 
+        @property
+        def needed_extras(self) -> tuple[str, ...]:
+            """See Strict."""
+            return ("parquet",)
+
     def read(self, path: Path) -> Iterator[Row]:
         """See FileDataset."""
         try:

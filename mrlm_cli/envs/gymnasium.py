@@ -81,6 +81,11 @@ class Gymnasium(Environment):
                 raise ValueError("actions must differ")
             return self
 
+        @property
+        def needed_extras(self) -> tuple[str, ...]:
+            """See Strict."""
+            return ("gymnasium",)
+
     components: ClassVar[dict[str, float]] = {"reward": 1.0, "invalid": -1.0, "exact": 0.0}
     config: Config
 

@@ -77,6 +77,11 @@ class Math(Environment):
                 raise ValueError("prompt must contain {problem}")
             return self
 
+        @property
+        def needed_extras(self) -> tuple[str, ...]:
+            """See Strict."""
+            return ("math",) if self.checker == "math_verify" else ()
+
     components: ClassVar[dict[str, float]] = {"correct": 1.0, "format": 0.1, "exact": 0.0}
     audited: ClassVar[bool] = True
     single_reply: ClassVar[bool] = True

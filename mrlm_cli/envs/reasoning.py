@@ -99,6 +99,11 @@ class Reasoning(Environment):
                 raise ValueError("prompt must contain {question}")
             return self
 
+        @property
+        def needed_extras(self) -> tuple[str, ...]:
+            """See Strict."""
+            return ("reasoning",)
+
     components: ClassVar[dict[str, float]] = {"score": 1.0, "format": 0.1, "exact": 0.0}
     single_reply: ClassVar[bool] = True
     config: Config

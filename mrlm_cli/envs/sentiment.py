@@ -58,6 +58,11 @@ class Sentiment(Environment):
         instruction: Annotated[str, Field(max_length=10_000)] = "Continue this review: "
         """Text before the opening; empty for a model that continues plain text (with chat.template plain)."""
 
+        @property
+        def needed_extras(self) -> tuple[str, ...]:
+            """See Strict."""
+            return ("sentiment",)
+
     components: ClassVar[dict[str, float]] = {"positive": 1.0, "exact": 0.0}
     audited: ClassVar[bool] = True
     single_reply: ClassVar[bool] = True

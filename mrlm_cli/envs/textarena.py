@@ -80,6 +80,11 @@ class TextArena(Environment):
                 raise ValueError(f"write {self.game.removesuffix('-raw')}: observations are never wrapped here")
             return self
 
+        @property
+        def needed_extras(self) -> tuple[str, ...]:
+            """See Strict."""
+            return ("textarena",)
+
     components: ClassVar[dict[str, float]] = {"reward": 1.0, "invalid": 0.0, "exact": 0.0}
     players: ClassVar[tuple[str, ...]] = ("random",)
     config: Config

@@ -50,6 +50,11 @@ class ServerSettings(Strict):
         """The server in words."""
         return " ".join(self.command)[:80]
 
+    @property
+    def needed_extras(self) -> tuple[str, ...]:
+        """See Strict."""
+        return ("mcp",)
+
 
 def require_mcp() -> None:
     """Raises MissingExtra."""

@@ -101,6 +101,11 @@ class Tools(Environment):
             kinds = self.kinds if self.path is None else ()
             return tuple(dict.fromkeys([NEEDED[kind] for kind in kinds] + list(self.tools)))
 
+        @property
+        def needed_extras(self) -> tuple[str, ...]:
+            """See Strict."""
+            return ("search",) if "search" in self.offered else ()
+
     components: ClassVar[dict[str, float]] = {"correct": 1.0, "format": 0.1, "exact": 0.0}
     audited: ClassVar[bool] = True
     config: Config

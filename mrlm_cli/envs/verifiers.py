@@ -62,6 +62,11 @@ class Verifiers(Environment):
                     raise ValueError(f"scores names {name}, which is a component already")
             return self
 
+        @property
+        def needed_extras(self) -> tuple[str, ...]:
+            """See Strict."""
+            return ("verifiers",)
+
     components: ClassVar[dict[str, float]] = {"reward": 1.0, "exact": 0.0}
     config: Config
 

@@ -1,7 +1,8 @@
-"""Whether what a recipe names outside of itself is there: files, functions, models, runs. Nothing is loaded or run.
+"""Whether what a recipe needs outside of itself is there: files, functions, models, runs, extras. Nothing is loaded or
+run.
 
-Settings whose type bears a mark `Names` are looked at. A hub id cannot be checked here; of a function only its name in
-the module's text is looked for, so a module may still fail when it is imported.
+Settings whose type bears a mark `Names` are looked at, and the `needed_extras` of all. A hub id cannot be checked here;
+of a function only its name in the module's text is looked for, so a module may still fail when it is imported.
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ from typing import Any
 from pydantic import BaseModel
 
 from mrlm_cli.errors import MrlmError, RecipeError, UnknownName
-from mrlm_cli.recipe import checkpoints, compose, reading, shape
+from mrlm_cli.recipe import checkpoints, compose, extras, reading, shape
 from mrlm_cli.recipe.problems import locate
 from mrlm_cli.recipe.reading import Node
 from mrlm_cli.registry import plugin_file
-from mrlm_cli.strict import Names
+from mrlm_cli.strict import Names, Strict
+
+Place = tuple[str | int, ...]  # of a setting in a recipe
 
 _MOST_BYTES = 10_000_000  # of a module or recipe that is read
 
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """One thing that is not there. `later`: another command of mrlm makes it, so a recipe may name it before."""
+    """One thing that is not there. `later`: another command of mrlm, or pip, brings it: a recipe may need it before."""
 
     text: str  # file:line:column key: what is missing; hint
     later: bool
@@ -43,17 +46,23 @@ class Models:
 
 
 def absent(tree: Node, sections: Mapping[str, Any], folders: Sequence[Path], models: Models) -> list[Absent]:
-    """What the sections of a recipe or fragment name and is not there, in the order of the sections.
+    """What the sections of a recipe or fragment name and is not there, then the extras that they need and lack.
 
     `tree` is what they were made from, with paths made absolute; `folders` are where plugins are looked up.
     """
     found: list[Absent] = []
-    for path, text, names in _named(sections, ()):
+    named = ((path, *each) for path, settings in _settings(sections, ()) for each in _named(settings))
+    for path, inner, text, names in named:
         why = None if text in names.besides else _LOOK[names.kind](text, folders, models)
         if why is not None:
-            node, key = locate(tree, path, missing=False)
+            node, key = locate(tree, (*path, *inner), missing=False)
             later = _comes_later(text, names, models)
             found.append(Absent(node.mark.says(".".join(key), why), later))
+    for path, extra in _extras(sections):
+        if not extras.installed(extra):
+            node, key = locate(tree, path, missing=False)
+            why = f"needs an optional package: pip install 'mrlm[{extra}]'"
+            found.append(Absent(node.mark.says(".".join(key), why), later=True))
     return found
 
 
@@ -71,24 +80,49 @@ def is_local(path: str) -> bool:
     return beside or elsewhere or place.suffix == ".gguf"
 
 
-def _named(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], str, Names]]:
-    """(path, text, mark) of every text under a mark `Names`."""
+def _settings(value: Any, path: Place) -> Iterator[tuple[Place, BaseModel]]:
+    """(path, settings) of every group of settings, the outer ones before those within them."""
     if isinstance(value, BaseModel):
-        for name, info in type(value).model_fields.items():
-            inner = getattr(value, name)
-            marks = [mark for mark in info.metadata if isinstance(mark, Names)]
-            if not marks:
-                yield from _named(inner, (*path, name))
-            elif isinstance(inner, str):
-                yield (*path, name), inner, marks[0]
-            elif inner is not None:
-                yield from (((*path, name, place), text, marks[0]) for place, text in enumerate(inner))
-    elif isinstance(value, Mapping):
+        yield path, value
+        value = {name: getattr(value, name) for name in type(value).model_fields}
+    if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _named(inner, (*path, name))
+            yield from _settings(inner, (*path, name))
     elif isinstance(value, list | tuple):
         for place, inner in enumerate(value):
-            yield from _named(inner, (*path, place))
+            yield from _settings(inner, (*path, place))
+
+
+def _named(settings: BaseModel) -> Iterator[tuple[Place, str, Names]]:
+    """(path within the settings, text, mark) of every text under a mark `Names`."""
+    for name, info in type(settings).model_fields.items():
+        given = getattr(settings, name)
+        for mark in (mark for mark in info.metadata if isinstance(mark, Names)):
+            if isinstance(given, str):
+                yield (name,), given, mark
+            else:
+                yield from (((name, place), text, mark) for place, text in enumerate(given or ()))
+
+
+def _extras(sections: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
+    """(path, extra) of every optional package that is needed; for what a path names, as far as names and files tell."""
+    for path, settings in _settings(sections, ()):
+        own = settings.needed_extras if isinstance(settings, Strict) else ()
+        yield from ((path, extra) for extra in own)
+        for inner, text, names in _named(settings):
+            extra = _reader(Path(text).expanduser(), names.kind)
+            if extra is not None and extra not in own:
+                yield (*path, *inner), extra
+
+
+def _reader(place: Path, kind: str) -> str | None:
+    """The extra that reads what a path means; None if mrlm itself does, or nothing is known of it."""
+    if kind == "file" and place.suffix == ".parquet":
+        return "parquet"
+    if kind == "model" and place.suffix == ".gguf":
+        return "gguf"
+    directory = shape.directory(place) if kind in ("model", "reward model") else None
+    return "lora" if directory is not None and (directory / shape.ADAPTER_CONFIG).is_file() else None
 
 
 def _comes_later(text: str, names: Names, models: Models) -> bool:

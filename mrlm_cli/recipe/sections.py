@@ -56,6 +56,11 @@ class Lora(Strict):
     targets: Strings = ()
     """Names of the linear layers that get adapters, such as q_proj; empty takes every one but the model's head."""
 
+    @property
+    def needed_extras(self) -> tuple[str, ...]:
+        """See Strict."""
+        return ("lora",)
+
 
 class ScratchModel(Strict):
     """A small Llama-family model with random weights and a built-in tokenizer."""

@@ -89,6 +89,11 @@ class Judge(Reward):
                 raise ValueError("expected the name of an environment variable, not a key")
             return name
 
+        @property
+        def needed_extras(self) -> tuple[str, ...]:
+            """See Strict."""
+            return ("judge",)
+
     remote: ClassVar[bool] = True
     config: Config
 

@@ -168,6 +168,11 @@ class Lexicon(TextReward):
                 raise ValueError("give words or path, not both")
             return self
 
+        @property
+        def needed_extras(self) -> tuple[str, ...]:
+            """See Strict."""
+            return () if self.words or self.path is not None else ("sentiment",)
+
     config: Config
 
     def __init__(self, config: Config) -> None:
