@@ -189,6 +189,22 @@ def test_a_function_that_hangs_is_told_and_the_session_goes_on(folder) -> None:
     assert turns[7].facts == {"calls": 13.0, "wrong_calls": 10.0, "late_calls": 10.0, "broken_calls": 0.0}
 
 
+def test_no_deadline_counts_the_start_of_the_functions_process(folder) -> None:
+    """The first one, or that after a call that ended it, also between the calls of one reply."""
+    slow = "import sys, time\nif sys.argv[0].endswith('tool_worker.py'):\n    time.sleep(4)\n"
+    (folder / "mine.py").write_text(slow + MINE)
+    config = settings(folder, "process", "leaves", "sleeps", deadline=1.5, calls=4)
+    asked = [call("process"), call("leaves", how="now") + 2 * call("process"), call("sleeps", seconds=60)]
+    _, first, second, late = talk(config, *asked, deadline=3.0)
+    (before,), (left, *after) = said(first), said(second)
+    assert left == "error: leaves failed: the worker process exited with code 3"
+    assert after[0] == after[1]
+    assert after[0].isdigit()
+    assert before.isdigit()
+    assert before != after[0]
+    assert said(late) == ["error: sleeps: the call took longer than 1.5 s"]  # which does count
+
+
 def test_calls_of_one_reply_share_their_time(folder) -> None:
     config = settings(folder, "sleeps", deadline=3.0, calls=1)
     begun = time.monotonic()

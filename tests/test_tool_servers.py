@@ -132,6 +132,17 @@ def test_a_server_that_dies_or_is_late_is_told_and_the_session_goes_on(path) -> 
     assert late[3].facts == {"calls": 4.0, "wrong_calls": 3.0, "late_calls": 3.0, "broken_calls": 0.0}
 
 
+def test_no_deadline_counts_the_start_of_a_server(path) -> None:
+    slow = f"import runpy, time; time.sleep(4); runpy.run_path({SERVER!r}, run_name='__main__')"
+    config = settings(path, command=[sys.executable, "-c", slow], deadline=1.5)
+    ((_, died),) = sessions(config, [call("die") + call("add", a=1, b=1) * 2], deadline=3.0)
+    lines = died.messages[0].content.splitlines()
+    assert lines == [
+        "<tool_result>error: die failed: its server ended and is started anew</tool_result>",
+        *["<tool_result>2</tool_result>"] * 2,
+    ]
+
+
 def test_a_fresh_server_keeps_nothing_between_sessions(path) -> None:
     talks = [[call("keep", text="one")], [call("keep", text="two")]]
     assert [said(turns[1]) for turns in sessions(settings(path, fresh=True), *talks)] == ["one", "two"]

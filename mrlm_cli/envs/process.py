@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from threading import Event
 from typing import IO, Any
 
 from mrlm_cli import blame
+from mrlm_cli.envs.starting import Deadline
 from mrlm_cli.envs.troubles import Troubles
 from mrlm_cli.envs.wire import FOLDER, HEADER, MAX_FRAME, frame
 from mrlm_cli.errors import MrlmError
@@ -68,20 +68,21 @@ class WorkerProcess:
         self._line = b""
 
     def ask(self, request: bytes, seconds: float) -> dict[str, Any]:
-        """The answer to one framed request.
+        """The answer to one framed request; what the worker spends on starting something does not count (`starting`).
 
         Raises LateError, DiedError or StoppedError, after each of which the process must be killed.
         """
-        until = time.monotonic() + seconds
-        unsent, answer = memoryview(request), b""
+        deadline = Deadline(seconds)
+        unsent, told = memoryview(request), b""
+        fields: dict[str, Any] | None = None
         with selectors.DefaultSelector() as selector:
             selector.register(self._answers, selectors.EVENT_READ)
             selector.register(self._printed, selectors.EVENT_READ)
             selector.register(self._requests, selectors.EVENT_WRITE)
-            while not _complete(answer):
+            while fields is None:
                 if self._stopping.is_set():
                     raise StoppedError
-                left = until - time.monotonic()
+                left = deadline.left()
                 if left <= 0:
                     raise LateError
                 ready = {key.fileobj for key, _ in selector.select(min(left, POLL_SECONDS))}
@@ -92,11 +93,11 @@ class WorkerProcess:
                 if self._printed in ready and not self._forward():
                     selector.unregister(self._printed)
                 if self._answers in ready:
-                    answer += self._read(self._answers)
+                    told += self._read(self._answers)
+                    fields, told = _answer(told, deadline)
                 elif self._process.poll() is not None:
                     raise DiedError(self._ending())
         self._forward()
-        fields = _decode(answer)
         if "trace" in fields:
             self._troubles.tell(self._name, fields.pop("trace"))
         return fields
@@ -167,18 +168,20 @@ def _unblocked(pipe: IO[bytes] | None) -> IO[bytes]:
     return pipe
 
 
-def _complete(answer: bytes) -> bool:
-    if len(answer) < HEADER.size:
-        return False
-    (length,) = HEADER.unpack(answer[: HEADER.size])
-    if length > MAX_FRAME:
-        raise DiedError("the worker process broke the protocol of its pipe")
-    return len(answer) >= HEADER.size + length
-
-
-def _decode(answer: bytes) -> dict[str, Any]:
-    fields: dict[str, Any] = json.loads(answer[HEADER.size :])
-    return fields
+def _answer(told: bytes, deadline: Deadline) -> tuple[dict[str, Any] | None, bytes]:
+    """(the answer if it is whole, what is left of the bytes); frames before it are for the clock."""
+    while len(told) >= HEADER.size:
+        (length,) = HEADER.unpack(told[: HEADER.size])
+        if length > MAX_FRAME:
+            raise DiedError("the worker process broke the protocol of its pipe")
+        end = HEADER.size + length
+        if len(told) < end:
+            break
+        fields: dict[str, Any] = json.loads(told[HEADER.size : end])
+        told = told[end:]
+        if not deadline.heeds(fields):
+            return fields, told
+    return None, told
 
 
 def _environment() -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 
 from mrlm_cli.envs.sandbox.box import Sandbox
 from mrlm_cli.envs.sandbox.records import Feed, Job, Limits
+from mrlm_cli.envs.starting import working_time
 from mrlm_cli.envs.tool_calculator import calculate
 from mrlm_cli.envs.tool_schema import MOST_ANSWER, LateTool, Offered, Tool, ToolError
 from mrlm_cli.errors import MissingExtra, SessionFailure
@@ -78,7 +78,7 @@ class Box:
     def begin(self) -> None:
         """A new reply: all its calls share the time that the slowest tool may take, or many would miss a deadline that
         fails their session."""
-        self._until = time.monotonic() + self._allowed
+        self._until = working_time() + self._allowed
         self._called = False  # whether time was spent already
 
     def answer(self, name: str, arguments: Any) -> str:
@@ -154,7 +154,7 @@ class Box:
         return ", ".join(sorted(path.name for path in Path(self._folder.name).iterdir())) or "(no files)"
 
     def _left(self) -> float:
-        return self._until - time.monotonic()
+        return self._until - working_time()
 
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name):  # neither a path nor a hidden file, so nothing outside the directory

@@ -10,7 +10,8 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from mrlm_cli.envs.process import DiedError, LateError, WorkerProcess
+from mrlm_cli.envs.process import START_SECONDS, DiedError, LateError, WorkerProcess
+from mrlm_cli.envs.starting import starting
 from mrlm_cli.envs.tool_schema import BrokenTool, LateTool, Tool, ToolError
 from mrlm_cli.envs.troubles import Troubles
 from mrlm_cli.envs.wire import frame
@@ -21,7 +22,8 @@ from mrlm_cli.registry import function
 class Functions:
     """The functions of `./file.py:name` or `package.module:name` as tools, in order, and the process that runs them.
 
-    The process starts with the first call. Raises UserError for what cannot be a tool.
+    The process starts with the first call, and again with the next one after it was ended; no deadline counts that.
+    Raises UserError for what cannot be a tool.
     """
 
     def __init__(self, names: Sequence[str], deadline: float) -> None:
@@ -67,13 +69,14 @@ class Functions:
     def _running(self) -> WorkerProcess:
         """Raises MrlmError if the process cannot start: the functions were imported before, so it is the machine."""
         if self._process is None:
-            process = WorkerProcess("tools", Event(), self._troubles, module="mrlm_cli.envs.tool_worker")
-            try:
-                process.initialise([Path(folder) for folder in sys.path if folder], functions=list(self._names))
-            except BaseException:
-                process.kill()
-                raise
-            self._process = process
+            with starting(START_SECONDS):  # the functions' module may take longer to import than any call takes
+                process = WorkerProcess("tools", Event(), self._troubles, module="mrlm_cli.envs.tool_worker")
+                try:
+                    process.initialise([Path(folder) for folder in sys.path if folder], functions=list(self._names))
+                except BaseException:
+                    process.kill()
+                    raise
+                self._process = process
         return self._process
 
 

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from mrlm_cli.envs.starting import starting
 from mrlm_cli.envs.tool_schema import MOST_SAID, BrokenTool, LateTool, ToolError
 from mrlm_cli.errors import DeadlineExceeded, MissingExtra, SessionFailure
 from mrlm_cli.strict import Names, Strict, Strings
@@ -40,8 +41,8 @@ class ServerSettings(Strict):
     variables: Strings = ()
     """Names of environment variables that it is given, besides PATH, HOME and the like."""
     deadline: Annotated[float, Field(gt=0, le=3600)] = 10.0
-    """Seconds for one call; without an answer the policy is told so, and the server is started anew. It must be below
-    hardware.deadline."""
+    """Seconds for one call, not counting the server's start; without an answer the policy is told so, and the server is
+    started anew. It must be below hardware.deadline."""
     fresh: bool = False
     """Start a server for each session: for those that keep something between calls. It costs a start each time."""
 
@@ -177,7 +178,8 @@ class _Server:
             self._session = None
             session = _Session(self._settings)
             try:
-                _wait(session.begin(), START_SECONDS)
+                with starting(START_SECONDS):
+                    _wait(session.begin(), START_SECONDS)
             except LateError:
                 raise DeadlineExceeded(
                     f"tool server {self._settings.label}: not ready after {START_SECONDS:g} s"

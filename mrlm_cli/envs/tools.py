@@ -65,8 +65,9 @@ class Tools(Environment):
         """Tools of your own: ./my_tools.py:name beside the recipe or in the working directory, or
         package.module:name. The name, the types and the docstring are what the policy is told."""
         deadline: Annotated[float, Field(gt=0, le=3600)] = 10.0
-        """Seconds for one call of one of the functions. All calls of a reply together, whatever they call, have the
-        longest time that one of its tools may take. It must be below hardware.deadline."""
+        """Seconds for one call of one of the functions, not counting the start of their process. All calls of a reply
+        together, whatever they call, have the longest time that one of its tools may take. It must be below
+        hardware.deadline."""
         mcp: Annotated[tuple[ServerSettings, ...], Field(strict=False)] = ()
         """MCP servers (extra `mcp`), whose tools are offered as well: [{command: [python, ./my_server.py]}]."""
         style: Literal["tagged", "template"] = "tagged"

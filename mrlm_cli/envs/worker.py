@@ -8,7 +8,8 @@ It answers requests in order, one at a time, in its main thread:
     {"op": "step", "session": name, "reply": {...}}                              -> {"turns": [one]}
     {"op": "close", "session": name}                                             -> {"turns": []}
 
-or {"failure": text} where the environment broke, with a "trace" of what it raised. Frames are four bytes of length and
+or {"failure": text} where the environment broke, with a "trace" of what it raised; before either, frames that rest the
+parent's clock (see `starting`). Frames are four bytes of length and
 a line of JSON; the pipes are duplicated before any user code runs, and descriptor 1 becomes stderr, so that printing
 cannot break the protocol. Interrupts are ignored, since the trainer decides when to end; when the trainer is gone, the
 process group ends itself.
@@ -32,6 +33,7 @@ from typing import IO, Any
 
 from mrlm_cli import blame
 from mrlm_cli.envs.base import Environment, Session
+from mrlm_cli.envs.starting import tell_parent
 from mrlm_cli.envs.troubles import trace
 from mrlm_cli.envs.wire import (
     FOLDER,
@@ -106,6 +108,12 @@ def serve(answer: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
     _prefer_to_die()
     inbox: SimpleQueue[dict[str, Any]] = SimpleQueue()
     Thread(target=_receive, args=(requests, inbox), daemon=True).start()
+
+    def send(data: bytes) -> None:
+        answers.write(data)
+        answers.flush()
+
+    tell_parent(lambda fields: send(frame(fields)))
     while True:
         request = inbox.get()
         if request.get("op") == "init":
@@ -115,8 +123,7 @@ def serve(answer: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
         except BaseException as error:  # user code ends here, SystemExit included
             told = {} if isinstance(error, SessionFailure) else {"trace": trace(error)}
             data = frame({"failure": describe_exception(error), **told})
-        answers.write(data)
-        answers.flush()
+        send(data)
 
 
 def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
