@@ -9,7 +9,7 @@ from mrlm_cli.engines.sampler import sample
 from mrlm_cli.envs.host import NoJournal
 from mrlm_cli.errors import UserError
 from mrlm_cli.kernels import attention, between, build, native, slots
-from mrlm_cli.kernels.attention import Attention, Heads
+from mrlm_cli.kernels.attention import Attention, FusedAttention, Heads, library_for
 from mrlm_cli.kernels.logprobs import chunked_logprobs
 from mrlm_cli.kernels.low_rank import Matrix
 from mrlm_cli.kernels.packing import pack
@@ -100,35 +100,93 @@ def test_swiglu(dtype, more, rows, width, threads):
     near(found[1], exact[1], dtype)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("heads", [Heads(6, 2), Heads(4, 4), Heads(3, 1)])
-@pytest.mark.parametrize("shared", [False, True])
-def test_attention(dtype, heads, shared, threads):
-    width, longest = 16, 21
-    tokens = torch.randint(0, 50, (5, longest), generator=torch.Generator().manual_seed(3))
-    tokens[:, 0] = torch.arange(5)  # rows in their own order, so that nothing need be shared
-    lengths = torch.full((5,), longest)
-    if shared:
-        tokens[1, :9], tokens[4, :15] = tokens[0, :9], tokens[0, :15]
-        lengths = torch.tensor([21, 14, 20, 5, 21])
-    packing = pack(tokens, lengths)
-    assert packing.plain is not shared
+def rows_alike(longest):
+    """Rows of several lengths that begin alike, two of them equal, one of a single token."""
+    tokens = torch.randint(0, 50, (6, longest), generator=torch.Generator().manual_seed(3))
+    tokens[:, 0] = torch.arange(6)
+    tokens[1, : longest // 2], tokens[4, : longest * 2 // 3], tokens[3] = (
+        tokens[0, : longest // 2],
+        tokens[0, : longest * 2 // 3],
+        tokens[2],
+    )
+    return pack(tokens, torch.tensor([longest, longest * 2 // 3, longest - 1, longest - 1, longest, 1]))
+
+
+def rows_apart(longest):
+    tokens = torch.arange(5)[:, None].expand(5, longest)
+    return pack(tokens, torch.full((5,), longest))
+
+
+def attended(projected, cos, sin, packing, heads, weight):
+    """(outcome, gradient of the projection) of a loss that tells every number apart."""
+    projected = projected.clone().requires_grad_()
+    kind = Attention if library_for(projected, cos, heads) is None else FusedAttention
+    out = kind.apply(projected, cos, sin, packing, heads, (projected.shape[-1] // heads.every) ** -0.5)
+    (out.to(weight.dtype) * weight).sum().backward()
+    return out.detach(), projected.grad
+
+
+def attention_given(packing, heads, width, dtype):
     count = len(packing.owner)
     angles = numbers(count, width // 2, seed=4)
     projected = numbers(count, heads.every * width, seed=5, dtype=dtype)
-    weight = numbers(count, heads.queries * width, seed=6)
+    return projected, angles.cos(), angles.sin(), packing, heads, numbers(count, heads.queries * width, seed=6)
 
-    def outcome(projected, cos, sin):
-        projected = projected.clone().requires_grad_()
-        out = Attention.apply(projected, cos, sin, packing, heads, width**-0.5)
-        (out.to(weight.dtype) * weight).sum().backward()
-        return out.detach(), projected.grad
 
-    found = outcome(projected, angles.cos(), angles.sin())
-    exact = outcome(projected.double(), angles.double().cos(), angles.double().sin())
-    # In bfloat16 probabilities, and their gradients, are rounded between two products.
-    assert (found[0].double() - exact[0]).norm() <= (1e-6 if dtype == torch.float32 else 0.005) * exact[0].norm()
-    assert (found[1].double() - exact[1]).norm() <= (3e-6 if dtype == torch.float32 else 0.02) * exact[1].norm()
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("heads", "width", "longest"),
+    [
+        (Heads(6, 2), 16, 21),
+        (Heads(4, 4), 32, 24),  # a whole block of queries
+        (Heads(3, 1), 64, 49),
+        (Heads(2, 1), 80, 70),
+        (Heads(2, 2), 6, 2),
+        (Heads(2, 1), 128, 17),
+        (Heads(1, 1), 256, 5),
+    ],
+)
+@pytest.mark.parametrize("packed", [rows_alike, rows_apart])
+def test_attention(dtype, heads, width, longest, packed, threads):
+    packing = packed(longest)
+    assert packing.plain is (packed is rows_apart)
+    projected, cos, sin, _, _, weight = given = attention_given(packing, heads, width, dtype)
+    assert library_for(projected, cos, heads) is not None
+    found = attended(*given)
+    # By torch's operators: float64 is not for the kernels.
+    exact = attended(projected.double(), cos.double(), sin.double(), packing, heads, weight.to(dtype).double())
+    near(found[0], exact[0], dtype)
+    near(found[1], exact[1], dtype)
+
+
+def test_the_number_of_threads_changes_no_bit_of_attention():
+    given = attention_given(rows_alike(60), Heads(4, 2), 32, torch.bfloat16)
+    before = torch.get_num_threads()
+    outcomes = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        outcomes.append(attended(*given))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for found in outcomes for one, other in zip(found, outcomes[0], strict=True))
+
+
+def test_attention_of_a_row_that_is_not_finite_is_its_own():
+    packing = rows_apart(30)
+    projected, *rest = attention_given(packing, Heads(2, 1), 16, torch.float32)
+    clean = attended(projected, *rest)
+    projected[packing.node[3, 7], 0] = torch.nan  # a query
+    projected[packing.node[4, 9], 2 * 16] = torch.nan  # a key
+    found = attended(projected, *rest)
+    for one, other in zip(found, clean, strict=True):
+        assert torch.equal(one[packing.node[:3]], other[packing.node[:3]])
+    assert found[0][packing.node[3, 7]].isnan().any()
+    assert found[0][packing.node[4, 9:]].isnan().all()
+    assert torch.equal(found[0][packing.node[4, :9]], clean[0][packing.node[4, :9]])
+
+
+def test_heads_too_wide_for_the_kernels_are_left_to_torch():
+    projected, cos, *_ = attention_given(rows_apart(3), Heads(1, 1), 258, torch.float32)
+    assert library_for(projected, cos, Heads(1, 1)) is None
 
 
 @pytest.mark.parametrize("dtype", TYPES)

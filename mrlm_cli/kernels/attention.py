@@ -1,10 +1,12 @@
-"""Causal attention with every score written out: fastest for short rows.
+"""Causal attention of rows that share beginnings, with every score of some queries written out.
 
 N packed positions, B rows of at most T tokens, heads queries and kv_heads keys and values of d numbers, of which the
-g = heads / kv_heads queries of one key lie together; c the compute type. Rotation, scores, softmax and the gradient of
-the probabilities are in the type of the angles; the products of probabilities (or of their gradient) with values, keys
-and queries are in c. What lies between the products is done by the kernels in C where they can be had, else by torch's
-operators.
+g = heads / kv_heads queries of one key lie together; c the compute type.
+
+The kernels in C do all of it in float32, some queries at a time, and round to c once: what is kept for the backward
+pass is the input alone, and queries that rows have in common are computed once. torch's operators write out all scores
+of a micro-batch: they have rotation, scores, softmax and the gradient of the probabilities in the type of the angles,
+and the products of probabilities (or of their gradient) with values, keys and queries in c.
 """
 
 from __future__ import annotations
@@ -34,34 +36,138 @@ class Heads:
         return self.queries + 2 * self.keys
 
 
-class Attention(torch.autograd.Function):
+def library_for(projected: Tensor, cos: Tensor, heads: Heads) -> native.Library | None:
+    """The kernels in C, if they can do this attention."""
+    library = native.on(projected, cos)
+    if library is None or cos.dtype != torch.float32 or projected.shape[-1] // heads.every > library.widest_head:
+        return None
+    return library
+
+
+class FusedAttention(torch.autograd.Function):
     """projected [N,(heads+2·kv_heads)·d], queries, keys and values side by side; cos, sin [N,d/2] -> [N,heads·d], in c.
 
-    Kept for the backward pass: queries, keys, values and the probabilities [B,heads,T,T], in c.
+    By the kernels in C: see `library_for`.
     """
 
     @staticmethod
     def forward(
         ctx: Any, projected: Tensor, cos: Tensor, sin: Tensor, packing: Packing, heads: Heads, scaling: float
     ) -> Tensor:
-        dtype = projected.dtype
-        query, key, value = _parted(projected, cos, sin, packing, heads)
-        chances = _chances(query.wide @ key.wide.transpose(1, 2), scaling, dtype)  # [B*kv, g*T, T]
-        ctx.save_for_backward(query.own, key.own, value, chances, cos, sin)
+        library = library_for(projected, cos, heads)
+        assert library is not None
+        ctx.save_for_backward(projected, cos, sin)
+        ctx.library, ctx.packing, ctx.heads, ctx.scaling = library, packing, heads, scaling
+        rows, longest = packing.rows
+        width, threads = projected.shape[-1] // heads.every, _threads(packing, heads)
+        out = projected.new_empty(len(projected), heads.queries * width)
+        native.run(
+            library.attend,
+            projected,
+            cos,
+            sin,
+            packing.node,
+            packing.owner,
+            out,
+            cos.new_empty(threads * library.attention_scratch(longest, width)),
+            rows,
+            longest,
+            heads.queries,
+            heads.keys,
+            width,
+            scaling,
+            like=projected,
+            threads=threads,
+        )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        projected, cos, sin = ctx.saved_tensors
+        library, packing, heads = ctx.library, ctx.packing, ctx.heads
+        rows, longest = packing.rows
+        width, threads = projected.shape[-1] // heads.every, _threads(packing, heads)
+        out = torch.empty_like(projected)
+        native.run(
+            library.attend_backward,
+            projected,
+            cos,
+            sin,
+            packing.node,
+            packing.owner,
+            packing.holders,
+            packing.starts,
+            gradient.to(projected.dtype).contiguous(),
+            out,
+            cos.new_empty(rows * longest, 2 * heads.keys * width),
+            cos.new_empty(threads * library.attention_scratch(longest, width)),
+            len(projected),
+            rows,
+            longest,
+            heads.queries,
+            heads.keys,
+            width,
+            ctx.scaling,
+            like=projected,
+            threads=threads,
+        )
+        return out, None, None, None, None, None
+
+
+def _threads(packing: Packing, heads: Heads) -> int:
+    rows, longest = packing.rows
+    return min(native.threads(rows * heads.queries * longest**2), rows * heads.keys)
+
+
+class Attention(torch.autograd.Function):
+    """projected [N,(heads+2·kv_heads)·d], queries, keys and values side by side; cos, sin [N,d/2] -> [N,heads·d], in c.
+
+    By torch's operators. Kept for the backward pass: queries, keys, values and the probabilities [B,heads,T,T], in c.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, projected: Tensor, cos: Tensor, sin: Tensor, packing: Packing, heads: Heads, scaling: float
+    ) -> Tensor:
+        rows, longest = packing.rows
+        x = projected.to(cos.dtype, copy=True).view(len(cos), heads.every, -1)
+        rotate_(x[:, : heads.queries + heads.keys], cos, sin)
+        wide = spread(x.view(len(cos), -1), packing).view(rows, longest, heads.every, -1)
+        parts = wide.split([heads.queries, heads.keys, heads.keys], dim=2)
+        wide_query, wide_key, wide_value = (_grouped(part, heads.keys) for part in parts)
+        scores = wide_query @ wide_key.transpose(1, 2)  # [B*kv, g*T, T]
+        # Rows are padded behind their end only, so causality is the whole mask.
+        mask = scores.new_full((longest, longest), -torch.inf).triu_(1).repeat(heads.queries // heads.keys, 1)
+        query, key, value, chances = (
+            each.to(projected.dtype)
+            for each in (wide_query, wide_key, wide_value, torch.softmax(scores.mul_(scaling).add_(mask), dim=-1))
+        )
+        ctx.save_for_backward(query, key, value, chances, cos, sin)
         ctx.packing, ctx.heads, ctx.scaling = packing, heads, scaling
-        return _joined(chances @ value, packing, heads)
+        attended = _ungrouped(chances @ value, packing, heads.keys)
+        return attended.flatten(2).flatten(0, 1).index_select(0, packing.owner)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, chances, cos, sin = ctx.saved_tensors
         packing, heads = ctx.packing, ctx.heads
-        given = _given(gradient.contiguous(), packing, heads, cos.dtype)
-        of_value = chances.transpose(1, 2) @ given.own
-        of_chances = given.wide @ value.to(cos.dtype).transpose(1, 2)
-        slope = _slope(of_chances, chances, ctx.scaling)
+        rows, longest = packing.rows
+        width = query.shape[-1]
+        if not packing.plain:  # a shared position is attended from once
+            gradient = gradient.new_zeros(rows * longest, heads.queries * width).index_copy_(0, packing.owner, gradient)
+        given = _grouped(gradient.view(rows, longest, heads.queries, width), heads.keys)
+        of_value = chances.transpose(1, 2) @ given
+        of_chances = given.to(cos.dtype) @ value.to(cos.dtype).transpose(1, 2)
+        of_chances.sub_((of_chances * chances).sum(-1, keepdim=True)).mul_(chances)
+        slope = of_chances.mul_(ctx.scaling).to(chances.dtype)
         of_query, of_key = slope @ key, slope.transpose(1, 2) @ query
-        return _collected(of_query, of_key, of_value, cos, sin, packing, heads), None, None, None, None, None
+        parts = [_ungrouped(part, packing, heads.keys) for part in (of_query, of_key, of_value)]
+        out = torch.cat([part.to(cos.dtype) for part in parts], dim=2)
+        found = gather(out.view(rows * longest, -1), packing)
+        rotate_(found.view(len(cos), -1, width)[:, : heads.queries + heads.keys], cos, -sin)
+        return found.to(query.dtype), None, None, None, None, None
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -74,183 +180,6 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     turned = first * sin
     first.mul_(cos).addcmul_(second, sin, value=-1)
     second.mul_(cos).add_(turned)
-
-
-@dataclass(frozen=True, slots=True)
-class _Both:
-    """The same numbers in the type of the angles and in c."""
-
-    wide: Tensor
-    own: Tensor
-
-
-def _library(projected: Tensor, cos: Tensor, heads: Heads) -> native.Library | None:
-    library = native.on(projected, cos)
-    if library is None or cos.dtype != torch.float32 or projected.shape[-1] // heads.every > library.widest_head:
-        return None
-    return library
-
-
-def _parted(projected: Tensor, cos: Tensor, sin: Tensor, packing: Packing, heads: Heads) -> tuple[_Both, _Both, Tensor]:
-    """Queries [B*kv, g*T, d] and keys [B*kv, T, d], rotated, in both types; values [B*kv, T, d] in c."""
-    rows, longest = packing.rows
-    width = projected.shape[-1] // heads.every
-    dtype = projected.dtype
-    if library := _library(projected, cos, heads):
-        wide_query = cos.new_empty(rows * heads.keys, heads.queries // heads.keys * longest, width)
-        wide_key = cos.new_empty(rows * heads.keys, longest, width)
-        same = dtype == cos.dtype
-        query = wide_query if same else torch.empty_like(wide_query, dtype=dtype)
-        key = wide_key if same else torch.empty_like(wide_key, dtype=dtype)
-        value = torch.empty_like(key)
-        native.run(
-            library.spread_heads,
-            projected,
-            cos,
-            sin,
-            packing.node,
-            wide_query,
-            wide_key,
-            query,
-            key,
-            value,
-            *_shape(packing, heads, width),
-            like=projected,
-            threads=native.threads(wide_query.numel()),
-        )
-        return _Both(wide_query, query), _Both(wide_key, key), value
-    x = projected.to(cos.dtype, copy=True).view(len(cos), heads.every, -1)
-    rotate_(x[:, : heads.queries + heads.keys], cos, sin)
-    wide = spread(x.view(len(cos), -1), packing).view(rows, longest, heads.every, -1)
-    parts = wide.split([heads.queries, heads.keys, heads.keys], dim=2)
-    query, key, value = (_grouped(part, heads.keys) for part in parts)
-    return _Both(query, query.to(dtype)), _Both(key, key.to(dtype)), value.to(dtype)
-
-
-def _chances(scores: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """Products of queries and keys [B*kv, g*T, T] -> attention probabilities in `dtype`.
-
-    Rows are padded behind their end only, so causality is the whole mask.
-    """
-    longest = scores.shape[-1]
-    if (library := native.on(scores)) and scores.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16):
-        chances = scores if dtype == scores.dtype else torch.empty_like(scores, dtype=dtype)
-        count = scores.numel()
-        native.run(
-            library.causal_softmax,
-            scores,
-            chances,
-            scaling,
-            count // longest,
-            longest,
-            like=chances,
-            threads=native.threads(count),
-        )
-        return chances
-    mask = scores.new_full((longest, longest), -torch.inf).triu_(1).repeat(scores.shape[1] // longest, 1)
-    return torch.softmax(scores.mul_(scaling).add_(mask), dim=-1).to(dtype)
-
-
-def _joined(attended: Tensor, packing: Packing, heads: Heads) -> Tensor:
-    """[B*kv, g*T, d] -> [N, heads*d]."""
-    width = attended.shape[-1]
-    if library := native.on(attended):
-        out = attended.new_empty(len(packing.owner), heads.queries * width)
-        native.run(
-            library.join_heads,
-            attended,
-            packing.owner,
-            out,
-            len(out),
-            *_shape(packing, heads, width),
-            like=out,
-            threads=native.threads(out.numel()),
-        )
-        return out
-    return _ungrouped(attended, packing, heads.keys).flatten(2).flatten(0, 1).index_select(0, packing.owner)
-
-
-def _given(gradient: Tensor, packing: Packing, heads: Heads, wide: torch.dtype) -> _Both:
-    """The gradient of `_joined`: [N, heads*d] -> [B*kv, g*T, d]; a shared position is attended from once."""
-    rows, longest = packing.rows
-    width = gradient.shape[-1] // heads.queries
-    if (library := native.on(gradient)) and wide == torch.float32 and width <= library.widest_head:
-        out = gradient.new_empty(rows * heads.keys, heads.queries // heads.keys * longest, width, dtype=torch.float32)
-        own = out if gradient.dtype == wide else torch.empty_like(out, dtype=gradient.dtype)
-        native.run(
-            library.join_heads_backward,
-            gradient,
-            packing.node,
-            packing.owner,
-            out,
-            own,
-            *_shape(packing, heads, width),
-            like=gradient,
-            threads=native.threads(out.numel()),
-        )
-        return _Both(out, own)
-    if not packing.plain:
-        gradient = gradient.new_zeros(rows * longest, heads.queries * width).index_copy_(0, packing.owner, gradient)
-    own = _grouped(gradient.view(rows, longest, heads.queries, width), heads.keys)
-    return _Both(own.to(wide), own)
-
-
-def _slope(of_chances: Tensor, chances: Tensor, scaling: float) -> Tensor:
-    """The gradient of the scores before scaling, [B*kv, g*T, T] in c; `of_chances` may be overwritten."""
-    longest = chances.shape[-1]
-    if (library := native.on(of_chances, chances)) and of_chances.dtype == torch.float32:
-        slope = of_chances if chances.dtype == of_chances.dtype else torch.empty_like(chances)
-        count = chances.numel()
-        native.run(
-            library.causal_softmax_backward,
-            of_chances,
-            chances,
-            slope,
-            scaling,
-            count // longest,
-            longest,
-            like=chances,
-            threads=native.threads(count),
-        )
-        return slope
-    of_chances.sub_((of_chances * chances).sum(-1, keepdim=True)).mul_(chances)
-    return of_chances.mul_(scaling).to(chances.dtype)
-
-
-def _collected(
-    of_query: Tensor, of_key: Tensor, of_value: Tensor, cos: Tensor, sin: Tensor, packing: Packing, heads: Heads
-) -> Tensor:
-    """The gradient of `_parted`: those of queries, keys and values, summed over the rows that share a position."""
-    rows, longest = packing.rows
-    width, dtype = of_key.shape[-1], of_key.dtype
-    if (library := native.on(of_query, cos)) and cos.dtype == torch.float32 and width <= library.widest_head:
-        found = of_query.new_empty(len(cos), heads.every * width)
-        native.run(
-            library.spread_heads_backward,
-            of_query,
-            of_key,
-            of_value,
-            cos,
-            sin,
-            packing.holders,
-            packing.starts,
-            found,
-            len(found),
-            *_shape(packing, heads, width),
-            like=found,
-            threads=native.threads(found.numel()),
-        )
-        return found
-    parts = [_ungrouped(part, packing, heads.keys) for part in (of_query, of_key, of_value)]
-    out = torch.cat([part.to(cos.dtype) for part in parts], dim=2)
-    found = gather(out.view(rows * longest, -1), packing)
-    rotate_(found.view(len(cos), -1, width)[:, : heads.queries + heads.keys], cos, -sin)
-    return found.to(dtype)
-
-
-def _shape(packing: Packing, heads: Heads, width: int) -> tuple[int, int, int, int, int]:
-    rows, longest = packing.rows
-    return rows * longest, longest, heads.queries, heads.keys, width
 
 
 def _grouped(x: Tensor, keys: int) -> Tensor:

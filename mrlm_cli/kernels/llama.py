@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mrlm_cli.kernels.attention import Attention, Heads, rotate_
+from mrlm_cli.kernels.attention import Attention, FusedAttention, Heads, library_for, rotate_
 from mrlm_cli.kernels.functions import Linear, NormLinear, Spread, SwiGLULinear
 from mrlm_cli.kernels.low_rank import Matrix, adapted, matrix
 from mrlm_cli.kernels.packing import Packing
@@ -141,8 +141,10 @@ class Trunk:
     def _attend(self, projected: Tensor, angles: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
         heads, kv_heads = self.heads, self.kv_heads
         rows, longest = packing.rows
+        if library_for(projected, angles[0], both := Heads(heads, kv_heads)) is not None:
+            return FusedAttention.apply(projected.contiguous(), *angles, packing, both, self.scaling)
         if longest <= WRITTEN_OUT and projected.device.type == "cpu":
-            return Attention.apply(projected.contiguous(), *angles, packing, Heads(heads, kv_heads), self.scaling)
+            return Attention.apply(projected, *angles, packing, both, self.scaling)
         x = projected.to(angles[0].dtype).view(len(angles[0]), heads + 2 * kv_heads, -1)
         turned = Rotate.apply(x[:, : heads + kv_heads], *angles).to(projected.dtype)
         x = torch.cat([turned, x[:, heads + kv_heads :].to(projected.dtype)], dim=1).flatten(1)

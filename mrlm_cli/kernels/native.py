@@ -28,12 +28,8 @@ _TAKES = {
     "score": "ppfpppii",
     "score_backward": "ppfpppppii",
     "draw": "ppppppiii",
-    "spread_heads": "pppppppppiiiii",
-    "spread_heads_backward": "ppppppppiiiiii",
-    "causal_softmax": "ppfii",
-    "causal_softmax_backward": "pppfii",
-    "join_heads": "pppiiiiii",
-    "join_heads_backward": "pppppiiiii",
+    "attend": "pppppppiiiiif",
+    "attend_backward": "pppppppppppiiiiiif",
     "lay_out": "ppii",
     "multiply": "ppppiii",
     "attend_slots": "ppppppppiiiiif",
@@ -129,6 +125,7 @@ def _load() -> Library:
         function.argtypes = [*(_KINDS[letter] for letter in takes), c_int, c_int]
         function.restype = None
     library.can_multiply.argtypes, library.can_multiply.restype = [c_int], c_int
+    library.attention_scratch.argtypes, library.attention_scratch.restype = [c_int64, c_int64], c_int64
     runtime = ctypes.CDLL(torch._C.__file__)  # looks through all that torch was linked with
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     if not all(hasattr(runtime, name) for name in names):

@@ -1,18 +1,104 @@
-/* Around attention's products: rotation, the layout by heads, the softmax under the causal mask, with their gradients;
-   and one query of each row against its slot. Formulas: kernels/attention.py.
+/* Causal attention over rows that share their beginnings, and its gradient, all in float32. Formulas:
+   kernels/attention.py.
 
    B rows of T places, of which N distinct prefixes are stored once; heads queries and kv_heads keys and values of d
-   numbers; the heads / kv_heads = g queries of one key head lie together. */
+   numbers; the heads / kv_heads queries of one key head lie together. An item is a row and a key head. Its keys and
+   values are laid out once; then each block of QUERIES queries sees all that lies before it. Queries of a beginning
+   that an earlier row has too are left to that row. */
 #include "common.h"
 
-/* Halves (a, b) -> (a cos - b sin, b cos + a sin), `turn` -1 is the inverse. */
-INLINE void rotated(const float *x, const float *cos, const float *sin, float turn, float *out, const integer half) {
-#pragma omp simd
-    for (integer i = 0; i < half; i++) {
-        float a = x[i], b = x[half + i], c = cos[i], s = sin[i] * turn;
-        out[i] = a * c - b * s;
-        out[half + i] = b * c + a * s;
-    }
+#define QUERIES 24
+#define TALL 4 /* rows of a tile of a product; QUERIES and LANES are multiples of it */
+#if defined(__AVX512F__)
+#define WIDE 4 /* vectors of a tile, so that its sums stay in registers */
+#else
+#define WIDE 1
+#endif
+
+/* Once in the program, for all kinds of work: compiling takes its time. */
+#define OUTLINE static __attribute__((noinline))
+
+INLINE integer up_to(integer count, integer unit) { return (count + unit - 1) / unit * unit; }
+
+/* TALL rows and `parts` vectors of: out[r][c] (+)= sum over i of left[r * down + i * across] * right[i][c]. */
+INLINE void tile(float *out, integer out_stride, const float *left, integer down, integer across, const float *right,
+                 integer right_stride, integer inner, int add, const int parts) {
+    vector sums[TALL][WIDE];
+    for (int row = 0; row < TALL; row++)
+        for (int part = 0; part < parts; part++)
+            sums[row][part] = add ? ((const vector *)(out + row * out_stride))[part] : (vector){0};
+    for (integer i = 0; i < inner; i++)
+        for (int row = 0; row < TALL; row++)
+            for (int part = 0; part < parts; part++)
+                sums[row][part] += left[row * down + i * across] * ((const vector *)(right + i * right_stride))[part];
+    for (int row = 0; row < TALL; row++)
+        for (int part = 0; part < parts; part++) ((vector *)(out + row * out_stride))[part] = sums[row][part];
+}
+
+/* The whole product; `rows` is a multiple of TALL, `columns` of LANES. */
+OUTLINE void multiplied(float *out, integer out_stride, const float *left, integer down, integer across,
+                        const float *right, integer right_stride, integer rows, integer inner, integer columns,
+                        int add) {
+    for (integer column = 0; column < columns; column += WIDE * LANES)
+        for (integer row = 0; row < rows; row += TALL) {
+            float *found = out + row * out_stride + column;
+            const float *one = left + row * down, *other = right + column;
+            switch ((columns - column) / LANES) {
+#if WIDE > 1
+            case 1: tile(found, out_stride, one, down, across, other, right_stride, inner, add, 1); break;
+            case 2: tile(found, out_stride, one, down, across, other, right_stride, inner, add, 2); break;
+            case 3: tile(found, out_stride, one, down, across, other, right_stride, inner, add, 3); break;
+#endif
+            default: tile(found, out_stride, one, down, across, other, right_stride, inner, add, WIDE);
+            }
+        }
+}
+
+typedef struct {
+    const void *projected;       /* c [N, (heads + 2 kv_heads) d]: queries, keys and values */
+    const float *cos, *sin;      /* [N, d/2] */
+    const integer *node, *owner; /* [B x T]: the prefix that ends at a place; [N]: a place of each prefix */
+    const void *gradient;        /* backward: c [N, heads d] */
+    void *out;                   /* c; forward [N, heads d]; backward as `projected`, whose queries it gets */
+    float *shares;               /* backward [B x T, 2, kv_heads, d]: gradients of a place's keys and values */
+    float *scratch;              /* [threads, attention_scratch] */
+    integer *next;               /* the first item that no thread has taken */
+    integer rows, longest, heads, kv_heads, width;
+    float scaling;
+} attention;
+
+/* A thread's memory: heads of `wide` numbers and `tall` places, rounded up. What lies across has rows `stride` apart:
+   no power of two, at which a cache evicts its own. */
+typedef struct {
+    integer wide, tall, stride;
+    float *keys_across, *values_across;       /* [wide, stride] */
+    float *keys, *values, *of_keys, *of_values; /* [tall, wide] */
+    float *queries, *given, *found;           /* [QUERIES, wide] */
+    float *chances, *slopes;                  /* [QUERIES, stride] */
+} room;
+
+static room measured(integer longest, integer width) {
+    room r = {0};
+    r.wide = up_to(width, LANES), r.tall = up_to(longest, LANES);
+    r.stride = r.tall + LANES;
+    return r;
+}
+
+/* How many numbers a thread needs. */
+integer attention_scratch(integer longest, integer width) {
+    const room r = measured(longest, width);
+    return 2 * r.wide * r.stride + 4 * r.tall * r.wide + 3 * QUERIES * r.wide + 2 * QUERIES * r.stride;
+}
+
+static room furnished(float *scratch, integer longest, integer width) {
+    room r = measured(longest, width);
+    float **across[] = {&r.keys_across, &r.values_across}, **scores[] = {&r.chances, &r.slopes};
+    float **along[] = {&r.keys, &r.values, &r.of_keys, &r.of_values}, **blocks[] = {&r.queries, &r.given, &r.found};
+    for (int i = 0; i < 2; i++) *across[i] = scratch, scratch += r.wide * r.stride;
+    for (int i = 0; i < 4; i++) *along[i] = scratch, scratch += r.tall * r.wide;
+    for (int i = 0; i < 3; i++) *blocks[i] = scratch, scratch += QUERIES * r.wide;
+    for (int i = 0; i < 2; i++) *scores[i] = scratch, scratch += QUERIES * r.stride;
+    return r;
 }
 
 INLINE void widen(const void *x, float *out, integer count, const int narrow) {
@@ -25,265 +111,241 @@ INLINE void store(void *out, const float *x, integer count, const int narrow) {
     for (integer i = 0; i < count; i++) put(out, i, x[i], narrow);
 }
 
-typedef struct {
-    integer places, longest, heads, kv_heads, width; /* places = B x T */
-} shape;
-
-/* Where head `head` of place (b, t) lies among queries [B x kv, g x T, d] (or keys and values, with one query each). */
-INLINE integer place_of(const shape *s, integer place, integer head, integer heads) {
-    const integer row = place / s->longest, column = place % s->longest;
-    return ((row * heads + head) * s->longest + column) * s->width;
-}
-
-typedef struct {
-    shape s;
-    const void *projected;  /* c [N, (heads + 2 kv_heads) d] */
-    const float *cos, *sin; /* [N, d/2] */
-    const integer *node;    /* [B x T] */
-    float *query, *key;     /* [B x kv, g x T, d], [B x kv, T, d] */
-    void *narrow_query, *narrow_key; /* the same in bfloat16; not used where c is float32 */
-    void *value;            /* c [B x kv, T, d] */
-} spreading;
-
-INLINE void spread_places(const spreading *a, integer begin, integer end, const int narrow) {
-    const shape *s = &a->s;
-    const integer half = s->width / 2, every = s->heads + 2 * s->kv_heads;
-    for (integer place = begin; place < end; place++) {
-        const integer node = a->node[place];
-        const float *cos = a->cos + node * half, *sin = a->sin + node * half;
-        float x[WIDEST_HEAD];
-        for (integer head = 0; head < s->heads + s->kv_heads; head++) {
-            const int is_key = head >= s->heads;
-            const integer at = is_key ? place_of(s, place, head - s->heads, s->kv_heads)
-                                      : place_of(s, place, head, s->heads);
-            float *out = (is_key ? a->key : a->query) + at;
-            widen(from(a->projected, (node * every + head) * s->width, narrow), x, s->width, narrow);
-            rotated(x, cos, sin, 1.0f, out, half);
-            if (narrow) store(to(is_key ? a->narrow_key : a->narrow_query, at, 1), out, s->width, 1);
-        }
-        for (integer head = 0; head < s->kv_heads; head++)
-            memcpy(to(a->value, place_of(s, place, head, s->kv_heads), narrow),
-                   from(a->projected, (node * every + s->heads + s->kv_heads + head) * s->width, narrow),
-                   (size_t)(s->width * (narrow ? 2 : 4)));
-    }
-}
-
-static void spread_wide(const void *a, integer begin, integer end, int thread) {
-    (void)thread;
-    spread_places(a, begin, end, 0);
-}
-
-static void spread_narrow(const void *a, integer begin, integer end, int thread) {
-    (void)thread;
-    spread_places(a, begin, end, 1);
-}
-
-void spread_heads(const void *projected, const float *cos, const float *sin, const integer *node, float *query,
-                  float *key, void *narrow_query, void *narrow_key, void *value, integer places, integer longest,
-                  integer heads, integer kv_heads, integer width, int narrow, int threads) {
-    spreading a = {{places, longest, heads, kv_heads, width}, projected, cos, sin, node, query, key, narrow_query,
-                   narrow_key, value};
-    deal(narrow ? spread_narrow : spread_wide, &a, places, threads);
-}
-
-typedef struct {
-    float *scores; /* [rows, T]; row r sees the first r % T + 1 */
-    void *chances; /* c [rows, T] */
-    float scaling;
-    integer longest;
-} masked;
-
-INLINE void soften_rows(const masked *a, integer begin, integer end, const int narrow) {
-    const integer longest = a->longest;
-    for (integer row = begin; row < end; row++) {
-        float *scores = a->scores + row * longest;
-        void *chances = to(a->chances, row * longest, narrow);
-        const integer seen = row % longest + 1;
-        float highest = -INFINITY, total = 0;
-#pragma omp simd reduction(max : highest)
-        for (integer i = 0; i < seen; i++) highest = scores[i] > highest ? scores[i] : highest;
-#pragma omp simd reduction(+ : total)
-        for (integer i = 0; i < seen; i++) {
-            float weight = exponential((scores[i] - highest) * a->scaling);
-            scores[i] = weight;
-            total += weight;
-        }
-        const float inverse = 1.0f / total;
+/* Halves (a, b) -> (a cos - b sin, b cos + a sin), `turn` -1 is the inverse, times `factor`; in place. */
+INLINE void rotate(float *x, const float *cos, const float *sin, float turn, float factor, const integer half) {
 #pragma omp simd
-        for (integer i = 0; i < seen; i++) put(chances, i, scores[i] * inverse, narrow);
-        memset(to(chances, seen, narrow), 0, (size_t)((longest - seen) * (narrow ? 2 : 4)));
+    for (integer i = 0; i < half; i++) {
+        const float a = x[i], b = x[half + i], c = cos[i] * factor, s = sin[i] * turn * factor;
+        x[i] = a * c - b * s;
+        x[half + i] = b * c + a * s;
     }
 }
 
-static void soften_wide(const void *a, integer begin, integer end, int thread) {
-    (void)thread;
-    soften_rows(a, begin, end, 0);
+INLINE void fetch_numbers(const attention *a, integer node, integer head, float factor, float *out,
+                          const integer width, const int narrow) {
+    const integer half = width / 2, every = a->heads + 2 * a->kv_heads;
+    widen(from(a->projected, (node * every + head) * width, narrow), out, width, narrow);
+    if (head < a->heads + a->kv_heads) rotate(out, a->cos + node * half, a->sin + node * half, 1.0f, factor, half);
 }
 
-static void soften_narrow(const void *a, integer begin, integer end, int thread) {
-    (void)thread;
-    soften_rows(a, begin, end, 1);
+INLINE void fetch_widths(const attention *a, integer node, integer head, float factor, float *out, const int narrow) {
+    if (a->width == 64)
+        fetch_numbers(a, node, head, factor, out, 64, narrow);
+    else if (a->width == 128)
+        fetch_numbers(a, node, head, factor, out, 128, narrow);
+    else
+        fetch_numbers(a, node, head, factor, out, a->width, narrow);
 }
 
-void causal_softmax(float *scores, void *chances, float scaling, integer rows, integer longest, int narrow,
-                    int threads) {
-    masked a = {scores, chances, scaling, longest};
-    deal(narrow ? soften_narrow : soften_wide, &a, rows, threads);
+/* Number `head` of a prefix's queries, keys and values, in float32; rotated unless it is a value. The loops are written
+   out for the common widths. */
+OUTLINE void fetch(const attention *a, integer node, integer head, float factor, float *out, int narrow) {
+    if (narrow)
+        fetch_widths(a, node, head, factor, out, 1);
+    else
+        fetch_widths(a, node, head, factor, out, 0);
 }
 
-typedef struct {
-    const float *of_chances; /* [rows, T] */
-    const void *chances;     /* c [rows, T] */
-    void *slope;             /* c [rows, T] */
-    float scaling;
-    integer longest;
-} masked_gradient;
+OUTLINE void laid_across(const float *along, float *across, const room *r) {
+    for (integer place = 0; place < r->tall; place += LANES)
+        for (integer i = 0; i < r->wide; i++)
+            for (integer lane = 0; lane < LANES; lane++)
+                across[i * r->stride + place + lane] = along[(place + lane) * r->wide + i];
+}
 
-INLINE void slope_rows(const masked_gradient *a, integer begin, integer end, const int narrow) {
-    const integer longest = a->longest;
-    for (integer row = begin; row < end; row++) {
-        const float *of = a->of_chances + row * longest;
-        const void *chances = from(a->chances, row * longest, narrow);
-        void *slope = to(a->slope, row * longest, narrow);
-        const integer seen = row % longest + 1;
-        float mean = 0;
-#pragma omp simd reduction(+ : mean)
-        for (integer i = 0; i < seen; i++) mean += of[i] * get(chances, i, narrow);
+/* A row's keys and values; zero behind its end and behind a head's numbers. */
+INLINE void lay_out_row(const attention *a, const room *r, const integer *node, integer seen, integer head,
+                        const int backward, const int narrow) {
+    memset(r->keys, 0, (size_t)(r->tall * r->wide * 4));
+    memset(r->values, 0, (size_t)(r->tall * r->wide * 4));
+    for (integer place = 0; place < seen; place++) {
+        fetch(a, node[place], a->heads + head, 1.0f, r->keys + place * r->wide, narrow);
+        fetch(a, node[place], a->heads + a->kv_heads + head, 1.0f, r->values + place * r->wide, narrow);
+    }
+    laid_across(r->keys, r->keys_across, r);
+    if (backward) laid_across(r->values, r->values_across, r);
+}
+
+INLINE float largest(vector x) {
+    float numbers[LANES];
+    memcpy(numbers, &x, sizeof x);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; lane++)
+            numbers[lane] = numbers[lane + half] > numbers[lane] ? numbers[lane + half] : numbers[lane];
+    return numbers[0];
+}
+
+/* Products of `count` queries from `first` on with all keys up to them -> probabilities, zero where they see nothing.
+   A step for all rows before the next step: a processor then works on several rows at once. */
+OUTLINE void soften(float *chances, integer stride, integer first, integer count, integer visible) {
+    float most[QUERIES], inverse[QUERIES];
+    for (integer row = 0; row < count; row++) {
+        float *mine = chances + row * stride;
+        const integer seen = first + row + 1, parts = (seen + LANES - 1) / LANES;
+        for (integer i = seen; i < parts * LANES; i++) mine[i] = -INFINITY;
+        vector highest = *(vector *)mine;
+        for (integer part = 1; part < parts; part++)
 #pragma omp simd
-        for (integer i = 0; i < seen; i++)
-            put(slope, i, (of[i] - mean) * get(chances, i, narrow) * a->scaling, narrow);
-        memset(to(slope, seen, narrow), 0, (size_t)((longest - seen) * (narrow ? 2 : 4)));
+            for (int lane = 0; lane < LANES; lane++)
+                highest[lane] = mine[part * LANES + lane] > highest[lane] ? mine[part * LANES + lane] : highest[lane];
+        most[row] = largest(highest);
     }
-}
-
-static void slope_wide(const void *a, integer begin, integer end, int thread) {
-    (void)thread;
-    slope_rows(a, begin, end, 0);
-}
-
-static void slope_narrow(const void *a, integer begin, integer end, int thread) {
-    (void)thread;
-    slope_rows(a, begin, end, 1);
-}
-
-void causal_softmax_backward(const float *of_chances, const void *chances, void *slope, float scaling, integer rows,
-                             integer longest, int narrow, int threads) {
-    masked_gradient a = {of_chances, chances, slope, scaling, longest};
-    deal(narrow ? slope_narrow : slope_wide, &a, rows, threads);
-}
-
-typedef struct {
-    shape s;
-    const void *attended; /* c [B x kv, g x T, d] */
-    const integer *owner; /* [N]: a place of each node */
-    void *out;            /* c [N, heads d] */
-    int narrow;
-} joining;
-
-static void join_nodes(const void *given, integer begin, integer end, int thread) {
-    (void)thread;
-    const joining *a = given;
-    const shape *s = &a->s;
-    for (integer node = begin; node < end; node++)
-        for (integer head = 0; head < s->heads; head++)
-            memcpy(to(a->out, (node * s->heads + head) * s->width, a->narrow),
-                   from(a->attended, place_of(s, a->owner[node], head, s->heads), a->narrow),
-                   (size_t)(s->width * (a->narrow ? 2 : 4)));
-}
-
-void join_heads(const void *attended, const integer *owner, void *out, integer nodes, integer places, integer longest,
-                integer heads, integer kv_heads, integer width, int narrow, int threads) {
-    joining a = {{places, longest, heads, kv_heads, width}, attended, owner, out, narrow};
-    deal(join_nodes, &a, nodes, threads);
-}
-
-typedef struct {
-    shape s;
-    const void *gradient; /* c [N, heads d] */
-    const integer *node, *owner;
-    float *wide; /* [B x kv, g x T, d] */
-    void *own;   /* the same in bfloat16; not used where c is float32 */
-} parting;
-
-INLINE void part_places(const parting *a, integer begin, integer end, const int narrow) {
-    const shape *s = &a->s;
-    for (integer place = begin; place < end; place++) {
-        const integer node = a->node[place];
-        const int owned = a->owner[node] == place; /* a shared position is attended from once */
-        for (integer head = 0; head < s->heads; head++) {
-            const integer at = place_of(s, place, head, s->heads);
-            const void *given = from(a->gradient, (node * s->heads + head) * s->width, narrow);
-            if (owned)
-                widen(given, a->wide + at, s->width, narrow);
-            else
-                memset(a->wide + at, 0, (size_t)(s->width * 4));
-            if (narrow && owned) memcpy(to(a->own, at, 1), given, (size_t)(s->width * 2));
-            if (narrow && !owned) memset(to(a->own, at, 1), 0, (size_t)(s->width * 2));
+    for (integer row = 0; row < count; row++) {
+        vector total = {0};
+        for (integer part = 0; part < (first + row + LANES) / LANES; part++) {
+            float *mine = chances + row * stride + part * LANES;
+#pragma omp simd
+            for (int lane = 0; lane < LANES; lane++) mine[lane] = exponential(mine[lane] - most[row]);
+            total += *(vector *)mine;
         }
+        inverse[row] = 1.0f / summed(total);
+    }
+    for (integer row = 0; row < up_to(count, TALL); row++) {
+        const integer parts = row < count ? (first + row + LANES) / LANES : 0;
+        vector *mine = (vector *)(chances + row * stride);
+        for (integer part = 0; part < parts; part++) mine[part] *= inverse[row];
+        memset(mine + parts, 0, (size_t)((visible - parts * LANES) * 4));
     }
 }
 
-static void part_wide(const void *a, integer begin, integer end, int thread) {
-    (void)thread;
-    part_places(a, begin, end, 0);
+/* Gradients of probabilities -> those of scores, in place; zero where the probabilities are. */
+OUTLINE void slope(float *slopes, const float *chances, integer stride, integer count, integer visible) {
+    for (integer row = 0; row < up_to(count, TALL); row++) {
+        vector *mine = (vector *)(slopes + row * stride), total = {0};
+        const vector *chance = (const vector *)(chances + row * stride);
+        for (integer part = 0; part < visible / LANES; part++) total += mine[part] * chance[part];
+        const float mean = summed(total);
+        for (integer part = 0; part < visible / LANES; part++) mine[part] = (mine[part] - mean) * chance[part];
+    }
 }
 
-static void part_narrow(const void *a, integer begin, integer end, int thread) {
-    (void)thread;
-    part_places(a, begin, end, 1);
+/* `count` queries of a head from place `first` of a row on. */
+INLINE void attend_block(const attention *a, const room *r, const integer *node, integer first, integer count,
+                         integer head, const int backward, const int narrow) {
+    const integer wide = r->wide, stride = r->stride, width = a->width, half = width / 2;
+    const integer padded = up_to(count, TALL), end = first + count, visible = up_to(end, LANES);
+    memset(r->queries, 0, (size_t)(padded * wide * 4));
+    for (integer i = 0; i < count; i++) fetch(a, node[first + i], head, a->scaling, r->queries + i * wide, narrow);
+    multiplied(r->chances, stride, r->queries, wide, 1, r->keys_across, stride, padded, width, visible, 0);
+    soften(r->chances, stride, first, count, visible);
+    if (!backward) {
+        multiplied(r->found, wide, r->chances, stride, 1, r->values, wide, padded, end, wide, 0);
+        for (integer i = 0; i < count; i++)
+            store(to(a->out, (node[first + i] * a->heads + head) * width, narrow), r->found + i * wide, width, narrow);
+        return;
+    }
+    memset(r->given, 0, (size_t)(padded * wide * 4));
+    for (integer i = 0; i < count; i++)
+        widen(from(a->gradient, (node[first + i] * a->heads + head) * width, narrow), r->given + i * wide, width, narrow);
+    multiplied(r->slopes, stride, r->given, wide, 1, r->values_across, stride, padded, width, visible, 0);
+    slope(r->slopes, r->chances, stride, count, visible);
+    multiplied(r->found, wide, r->slopes, stride, 1, r->keys, wide, padded, end, wide, 0);
+    multiplied(r->of_keys, wide, r->slopes, 1, stride, r->queries, wide, visible, count, wide, 1);
+    multiplied(r->of_values, wide, r->chances, 1, stride, r->given, wide, visible, count, wide, 1);
+    for (integer i = 0; i < count; i++) {
+        const integer mine = node[first + i], every = a->heads + 2 * a->kv_heads;
+        rotate(r->found + i * wide, a->cos + mine * half, a->sin + mine * half, -1.0f, a->scaling, half);
+        store(to(a->out, (mine * every + head) * width, narrow), r->found + i * wide, width, narrow);
+    }
 }
 
-void join_heads_backward(const void *gradient, const integer *node, const integer *owner, float *wide, void *own,
-                         integer places, integer longest, integer heads, integer kv_heads, integer width, int narrow,
-                         int threads) {
-    parting a = {{places, longest, heads, kv_heads, width}, gradient, node, owner, wide, own};
-    deal(narrow ? part_narrow : part_wide, &a, places, threads);
+INLINE void attend_item(const attention *a, const room *r, integer item, const int backward, const int narrow) {
+    const integer row = item / a->kv_heads, head = item % a->kv_heads, group = a->heads / a->kv_heads;
+    const integer start = row * a->longest, *node = a->node + start;
+    integer seen = a->longest; /* padding has prefix 0, which ends at a row's first place */
+    while (seen > 1 && node[seen - 1] == 0) seen--;
+    integer own = seen; /* places from here on are this row's, those before an earlier row's */
+    while (own > 0 && a->owner[node[own - 1]] == start + own - 1) own--;
+    if (backward) {
+        memset(r->of_keys, 0, (size_t)(r->tall * r->wide * 4));
+        memset(r->of_values, 0, (size_t)(r->tall * r->wide * 4));
+    }
+    if (own < seen) lay_out_row(a, r, node, seen, head, backward, narrow);
+    for (integer one = head * group; one < (head + 1) * group; one++)
+        for (integer first = own; first < seen; first += QUERIES)
+            attend_block(a, r, node, first, seen - first < QUERIES ? seen - first : QUERIES, one, backward, narrow);
+    if (backward)
+        for (integer place = 0; place < seen; place++) {
+            float *share = a->shares + ((start + place) * 2 * a->kv_heads + head) * a->width;
+            memcpy(share, r->of_keys + place * r->wide, (size_t)(a->width * 4));
+            memcpy(share + a->kv_heads * a->width, r->of_values + place * r->wide, (size_t)(a->width * 4));
+        }
+}
+
+/* Rows differ in length: a thread takes the next item when it has done one. */
+INLINE void attend_items(const attention *a, int thread, const int backward, const int narrow) {
+    const room r = furnished(a->scratch + thread * attention_scratch(a->longest, a->width), a->longest, a->width);
+    integer item;
+    while ((item = __atomic_fetch_add(a->next, 1, __ATOMIC_RELAXED)) < a->rows * a->kv_heads)
+        attend_item(a, &r, item, backward, narrow);
+}
+
+#define WORK(name, backward, narrow)                                                   \
+    static void name(const void *a, integer begin, integer end, int thread) {          \
+        (void)begin, (void)end;                                                        \
+        attend_items(a, thread, backward, narrow);                                     \
+    }
+WORK(forward_wide, 0, 0)
+WORK(forward_narrow, 0, 1)
+WORK(backward_wide, 1, 0)
+WORK(backward_narrow, 1, 1)
+
+void attend(const void *projected, const float *cos, const float *sin, const integer *node, const integer *owner,
+            void *out, float *scratch, integer rows, integer longest, integer heads, integer kv_heads, integer width,
+            float scaling, int narrow, int threads) {
+    integer next = 0;
+    attention a = {projected, cos, sin, node, owner, 0, out, 0, scratch, &next,
+                   rows, longest, heads, kv_heads, width, scaling};
+    deal(narrow ? forward_narrow : forward_wide, &a, threads, threads);
 }
 
 typedef struct {
-    shape s;
-    const void *of_query, *of_key, *of_value; /* c, as spread_heads laid them out */
-    const float *cos, *sin;
-    const integer *holders, *starts; /* the places that share node n are holders[starts[n] .. starts[n + 1]] */
-    void *out;                       /* c [N, (heads + 2 kv_heads) d] */
-} collecting;
+    const float *shares, *cos, *sin;
+    const integer *owner;
+    const integer *holders, *starts; /* the places of prefix n, and padding: holders[starts[n] .. starts[n + 1]] */
+    void *out;                       /* c [N, (heads + 2 kv_heads) d], whose keys and values are written */
+    integer longest, heads, kv_heads, width;
+} gathering;
 
-INLINE void collect_nodes(const collecting *a, integer begin, integer end, const int narrow) {
-    const shape *s = &a->s;
-    const integer half = s->width / 2, every = s->heads + 2 * s->kv_heads;
-    for (integer node = begin; node < end; node++)
-        for (integer head = 0; head < every; head++) {
-            const int is_query = head < s->heads, is_value = head >= s->heads + s->kv_heads;
-            const void *source = is_query ? a->of_query : is_value ? a->of_value : a->of_key;
-            const integer number = is_query ? head : is_value ? head - s->heads - s->kv_heads : head - s->heads;
-            const integer all = is_query ? s->heads : s->kv_heads;
-            float sum[WIDEST_HEAD], out[WIDEST_HEAD];
-            for (integer i = 0; i < s->width; i++) sum[i] = 0;
+/* Gradients of a prefix's keys and values: the sums over its places, in their order. */
+INLINE void gather_nodes(const gathering *a, integer begin, integer end, const int narrow) {
+    const integer half = a->width / 2, both = 2 * a->kv_heads;
+    for (integer node = begin; node < end; node++) {
+        const integer column = a->owner[node] % a->longest;
+        for (integer head = 0; head < both; head++) {
+            float sum[WIDEST_HEAD];
+            for (integer i = 0; i < a->width; i++) sum[i] = 0;
             for (integer holder = a->starts[node]; holder < a->starts[node + 1]; holder++) {
-                const void *one = from(source, place_of(s, a->holders[holder], number, all), narrow);
+                const integer place = a->holders[holder];
+                if (place % a->longest != column) continue; /* padding */
+                const float *share = a->shares + (place * both + head) * a->width;
 #pragma omp simd
-                for (integer i = 0; i < s->width; i++) sum[i] += get(one, i, narrow);
+                for (integer i = 0; i < a->width; i++) sum[i] += share[i];
             }
-            if (!is_value) rotated(sum, a->cos + node * half, a->sin + node * half, -1.0f, out, half);
-            store(to(a->out, (node * every + head) * s->width, narrow), is_value ? sum : out, s->width, narrow);
+            if (head < a->kv_heads) rotate(sum, a->cos + node * half, a->sin + node * half, -1.0f, 1.0f, half);
+            store(to(a->out, (node * (a->heads + both) + a->heads + head) * a->width, narrow), sum, a->width, narrow);
         }
+    }
 }
 
-static void collect_wide(const void *a, integer begin, integer end, int thread) {
+static void gather_wide(const void *a, integer begin, integer end, int thread) {
     (void)thread;
-    collect_nodes(a, begin, end, 0);
+    gather_nodes(a, begin, end, 0);
 }
 
-static void collect_narrow(const void *a, integer begin, integer end, int thread) {
+static void gather_narrow(const void *a, integer begin, integer end, int thread) {
     (void)thread;
-    collect_nodes(a, begin, end, 1);
+    gather_nodes(a, begin, end, 1);
 }
 
-void spread_heads_backward(const void *of_query, const void *of_key, const void *of_value, const float *cos,
-                           const float *sin, const integer *holders, const integer *starts, void *out, integer nodes,
-                           integer places, integer longest, integer heads, integer kv_heads, integer width, int narrow,
-                           int threads) {
-    collecting a = {{places, longest, heads, kv_heads, width}, of_query, of_key, of_value, cos, sin, holders, starts,
-                    out};
-    deal(narrow ? collect_narrow : collect_wide, &a, nodes, threads);
+void attend_backward(const void *projected, const float *cos, const float *sin, const integer *node,
+                     const integer *owner, const integer *holders, const integer *starts, const void *gradient,
+                     void *out, float *shares, float *scratch, integer nodes, integer rows, integer longest,
+                     integer heads, integer kv_heads, integer width, float scaling, int narrow, int threads) {
+    integer next = 0;
+    attention a = {projected, cos, sin, node, owner, gradient, out, shares, scratch, &next,
+                   rows, longest, heads, kv_heads, width, scaling};
+    deal(narrow ? backward_narrow : backward_wide, &a, threads, threads);
+    gathering b = {shares, cos, sin, owner, holders, starts, out, longest, heads, kv_heads, width};
+    deal(narrow ? gather_narrow : gather_wide, &b, nodes, threads);
 }

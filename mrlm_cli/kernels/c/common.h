@@ -15,9 +15,22 @@ typedef int64_t integer;
 
 /* Sizes that callers must know too; deal.c exports them. */
 #define WIDEST_HEAD 256 /* numbers of an attention head that there is room for */
-#define LANES 16        /* of which a decoding step takes so many at once */
+#define LANES 16        /* of which attention takes so many at once */
 #define TOGETHER 3      /* queries that share the reading of a key there */
 #define COLUMNS 32      /* outputs of a matrix in a panel */
+
+/* Compilers cut it into what the processor has. */
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* The sum of a vector's numbers. */
+INLINE float summed(vector x) {
+    typedef float eight __attribute__((vector_size(32)));
+    typedef float four __attribute__((vector_size(16)));
+    union { vector whole; eight half[2]; } first = {x};
+    union { eight whole; four half[2]; } second = {first.half[0] + first.half[1]};
+    four rest = second.half[0] + second.half[1];
+    return (rest[0] + rest[1]) + (rest[2] + rest[3]);
+}
 
 INLINE float widened(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;

@@ -1,18 +1,6 @@
 /* A decoding step's attention: one query of each row against the keys and values of its slot. */
 #include "common.h"
 
-/* Compilers cut it into what the processor has. */
-typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
-
-INLINE float summed(vector x) {
-    typedef float eight __attribute__((vector_size(32)));
-    typedef float four __attribute__((vector_size(16)));
-    union { vector whole; eight half[2]; } first = {x};
-    union { eight whole; four half[2]; } second = {first.half[0] + first.half[1]};
-    four rest = second.half[0] + second.half[1];
-    return (rest[0] + rest[1]) + (rest[2] + rest[3]);
-}
-
 typedef struct {
     const void *projected;  /* c [rows, (heads + 2 kv_heads) d] */
     const float *cos, *sin; /* [rows, d/2] */
