@@ -2,16 +2,21 @@
 
 import hashlib
 import json
+import logging
 import shutil
 import sys
+import warnings
+from contextlib import suppress
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from mrlm_cli.errors import CheckpointError, MissingExtra, UserError
 from mrlm_cli.policy import gguf, load, pretrained, scratch
+from mrlm_cli.policy.quiet import LOGGERS, MOST, quiet
 from mrlm_cli.policy.value import Critic
 from mrlm_cli.recipe.sections import Chat, PretrainedModel, ScratchModel, Value
 from mrlm_cli.training import checkpoint
@@ -396,15 +401,56 @@ def test_a_gguf_file_needs_its_extra_and_must_be_one(tmp_path, monkeypatch):
         build(at(file))
 
 
-def test_transformers_settings_are_put_back():
-    from transformers.utils import logging
+def test_the_libraries_settings_are_put_back():
+    def now():
+        loggers = [logging.getLogger(name) for name in LOGGERS]
+        told = [(one.level, one.handlers, one.propagate) for one in loggers]
+        return told, transformers_logging.is_progress_bar_enabled(), list(warnings.filters)
 
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with pretrained.quiet():
-        assert not logging.is_progress_bar_enabled()
-    with pytest.raises(ZeroDivisionError), pretrained.quiet():
+    before = now()
+    with quiet():
+        assert not transformers_logging.is_progress_bar_enabled()
+    with pytest.raises(ZeroDivisionError), quiet():
         1 // 0  # noqa: B018
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    assert now() == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_libraries_say_is_told_in_one_line_and_advice_is_not(capsys, fails):
+    logger = logging.getLogger("transformers.modeling_utils")
+    with suppress(ZeroDivisionError), quiet():
+        for _ in range(2):
+            warnings.warn("the tokenizer\n  is odd", stacklevel=1)
+        warnings.warn("an argument is renamed", FutureWarning, stacklevel=1)
+        logger.warning("we strongly recommend")
+        logger.error("a file is %s", "x" * 1000)
+        1 // (not fails)
+    begins = "warning: the model's libraries say: "
+    assert capsys.readouterr().err.splitlines() == [
+        f"{begins}a file is {'x' * (MOST - len('a file is '))}…",
+        f"{begins}the tokenizer is odd",
+    ]
+    with pytest.warns(FutureWarning):
+        warnings.warn("an argument is renamed", FutureWarning, stacklevel=1)
+
+
+def test_building_a_model_lets_no_library_talk_to_the_terminal(tmp_path, monkeypatch):
+    """Such as transformers about a forward without attention_mask, in which the head is looked at."""
+    heard = []
+
+    class Ear(logging.Handler):
+        def emit(self, record):
+            heard.append(record.getMessage())
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32, eos_token_id=1,
+                               bos_token_id=None, pad_token_id=0)).save_pretrained(tmp_path)  # fmt: skip
+    scratch.tokenizer(SCRATCH).save_pretrained(tmp_path)
+    logging.Logger.warning_once.cache_clear()  # as in a new process
+    library = logging.getLogger("transformers")
+    monkeypatch.setattr(library, "handlers", [Ear()])
+    library.warning("heard")
+    build(PretrainedModel(type="pretrained", path=str(tmp_path), chat=Chat(template="plain")))
+    assert heard == ["heard"]
 
 
 def test_the_context_of_a_loaded_model_is_its_own(tmp_path):

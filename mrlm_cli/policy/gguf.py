@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from mrlm_cli.errors import CheckpointError, MissingExtra, UserError
-from mrlm_cli.policy.pretrained import quiet, settled, without_dropout
+from mrlm_cli.policy.pretrained import settled, without_dropout
+from mrlm_cli.policy.quiet import quiet
 
 
 def require() -> None:

@@ -26,6 +26,7 @@ from mrlm_cli.policy import lora, pretrained, scratch
 from mrlm_cli.policy.chat import Chat
 from mrlm_cli.policy.model import Policy
 from mrlm_cli.policy.pretrained import model_directory
+from mrlm_cli.policy.quiet import quiet
 from mrlm_cli.policy.trunk import checkpoint_activations
 from mrlm_cli.policy.value import Critic, ValueHead
 from mrlm_cli.recipe.sections import ModelSection, ScratchModel, Value
@@ -38,6 +39,7 @@ CRITIC = "critic"
 TRAINED_FILE = "trained.safetensors"
 
 
+@quiet()
 def build(
     model: ModelSection, *, seed: int, device: str, precision: str, gradient_checkpointing: bool, values: bool = True
 ) -> tuple[Policy, Chat]:
@@ -73,7 +75,7 @@ def save(policy: Policy, tokenizer: Any, directory: Path, *, base: str | None = 
     """
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        with pretrained.quiet():
+        with quiet():
             if policy.base is None:
                 policy.lm.save_pretrained(directory / "policy")
             else:
@@ -93,7 +95,7 @@ def save(policy: Policy, tokenizer: Any, directory: Path, *, base: str | None = 
 def save_base(policy: Policy, tokenizer: Any, directory: Path) -> None:
     """Write what the policy's adapters stand on to `directory`: loads in plain transformers. Raises CheckpointError."""
     try:
-        with pretrained.quiet():
+        with quiet():
             lora.without_adapters(policy.lm).save_pretrained(directory)
             tokenizer.save_pretrained(directory)
     except (OSError, SafetensorError) as error:

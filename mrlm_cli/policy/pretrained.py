@@ -17,11 +17,11 @@ import torch
 from huggingface_hub.constants import ENDPOINT
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import logging as transformers_logging
 
 from mrlm_cli.errors import CheckpointError, MrlmError, UserError
 from mrlm_cli.policy import lora
 from mrlm_cli.policy.fetch import KNOWN, missing
+from mrlm_cli.policy.quiet import quiet
 from mrlm_cli.recipe import checkpoints
 from mrlm_cli.recipe.outside import is_local
 from mrlm_cli.recipe.shape import ADAPTER_CONFIG, adapter_base, is_model
@@ -178,21 +178,6 @@ def without_dropout(config: Any) -> None:
             without_dropout(value)
         elif ("drop" in key) and isinstance(value, float | int) and not isinstance(value, bool):
             setattr(config, key, 0.0)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no advice from transformers; its settings are put back."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _hub_answers() -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from mrlm_cli.errors import UserError
 from mrlm_cli.policy import load, pretrained
+from mrlm_cli.policy.quiet import quiet
 from mrlm_cli.recipe.shape import ADAPTER_CONFIG
 from mrlm_cli.training import durable, targets
 
@@ -50,7 +51,7 @@ def _write(place: Path, directory: Path, dtype: str | None) -> str:
         return "the policy's files as they are"
     lm, tokenizer = pretrained.read(str(place))
     lm = lm.to(TYPES[dtype or "float32"])
-    with pretrained.quiet():
+    with quiet():
         lm.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     return f"{lm.num_parameters():,} parameters in {dtype or 'float32'}" + (", adapters merged" if adapters else "")
