@@ -89,6 +89,30 @@ def test_functions(capsys: pytest.CaptureFixture[str], path: str, told: str) -> 
         assert told in lines[0]
 
 
+def test_a_plain_folder_hides_no_package_and_a_package_that_hides_one_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As Python imports: the function is found by the training too, and from the same file."""
+    text = HEAD + PPO + "rewards: [{type: function, path: '%s'}]\n"
+    (tmp_path / "colorsys").mkdir()  # of the standard library
+    (tmp_path / "colorsys" / "data.txt").touch()
+    (tmp_path / "wsgiref").mkdir()
+    for path in ("colorsys:rgb_to_hls", "wsgiref.util:guess_scheme"):
+        assert validated(capsys, text % path) == (0, ["r.yaml: a valid recipe"])
+        made = registry.function(path)
+        assert not str(sys.modules[made.__module__].__file__).startswith(str(tmp_path))
+    (tmp_path / "wsgiref" / "__init__.py").touch()
+    for path, told in (
+        ("wsgiref.util:guess_scheme", f"there is no module wsgiref.util; wsgiref is {tmp_path / 'wsgiref'}"),
+        ("wsgiref:util", f"wsgiref has no function 'util'; it is {tmp_path / 'wsgiref' / '__init__.py'}"),
+    ):
+        assert validated(capsys, text % path) == (2, [f"r.yaml:7:34 rewards.0.path: {told}"])
+    (tmp_path / "spaces" / "inner").mkdir(parents=True)
+    (tmp_path / "spaces" / "inner" / "scores.py").write_text("def good(transcript): return 1.0\n")
+    assert validated(capsys, text % "spaces.inner.scores:good")[0] == 0  # without any __init__
+    assert validated(capsys, text % "spaces.inner.scores:bad")[0] == 2
+
+
 MATH = "environments: [{type: math, path: %s}]"
 OTHERS: list[tuple[str, str, str]] = [
     (MATH % "./rows.jsonl", "", ""),

@@ -8,10 +8,12 @@ of a function only its name in the module's text is looked for, so a module may 
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +225,9 @@ def _function(text: str, folders: Sequence[Path], models: Models) -> str | None:
         return f"{error.filename}:{error.lineno} is not Python: {error.msg}"
     except (OSError, ValueError) as error:
         return f"{place} cannot be read: {error}"
-    return None if names is None or name in names else f"{place} has no function {name!r}"
+    if names is None or name in names:
+        return None
+    return f"{place} has no function {name!r}" + ("" if place.endswith(".py") else f"; it is {module}")
 
 
 def _module(name: str, folders: Sequence[Path]) -> Path | None:
@@ -232,18 +236,12 @@ def _module(name: str, folders: Sequence[Path]) -> Path | None:
     Raises UnknownName if there is no such module.
     """
     first, *rest = name.split(".")
-    for folder in (*folders, Path.cwd()):
-        if (folder / first).is_dir() or (folder / f"{first}.py").is_file():
-            inside: list[Path] = [folder]
-            rest = [first, *rest]
-            break
-    else:
-        spec = importlib.util.find_spec(first) if first.isidentifier() else None
-        if spec is None:
-            raise UnknownName(f"there is no module {first}")
-        if not rest:
-            return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
-        inside = [Path(place) for place in spec.submodule_search_locations or ()]
+    spec = _top(first, folders) if first.isidentifier() else None
+    if spec is None:
+        raise UnknownName(f"there is no module {first}")
+    if not rest:
+        return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+    inside = places = [Path(place) for place in spec.submodule_search_locations or ()]
     for part in rest[:-1]:
         inside = [place / part for place in inside if (place / part).is_dir()]
     for place in inside:
@@ -252,7 +250,20 @@ def _module(name: str, folders: Sequence[Path]) -> Path | None:
                 return candidate
     if any((place / rest[-1]).is_dir() or list(place.glob(f"{rest[-1]}.*")) for place in inside):
         return None  # a compiled module, or a package without __init__
-    raise UnknownName(f"there is no module {name}")
+    where = places[0] if places else spec.origin
+    raise UnknownName(f"there is no module {name}; {first} is {where}")
+
+
+def _top(name: str, folders: Sequence[Path]) -> ModuleSpec | None:
+    """What an import of a top-level name would find, as Python looks for it: the folders and the working directory lead
+    its path, and a folder without __init__ counts only where no module or package has the name."""
+    importlib.invalidate_caches()  # files may have come since somebody looked
+    path = [*map(str, folders), str(Path.cwd()), *sys.path]
+    for finder in sys.meta_path:
+        found = finder.find_spec(name, path if finder is PathFinder else None)
+        if found is not None:
+            return found
+    return None
 
 
 def _defined(module: Path) -> set[str] | None:
