@@ -1,17 +1,21 @@
 """Captured decode steps: on a CPU by an emulation of CUDA graphs, and on a GPU, where there is one, by themselves."""
 
+import contextlib
 import copy
+import inspect
 
 import pytest
 import torch
 
+from mrlm_cli.engines.cached import graphs
+from mrlm_cli.engines.cached.cache import SlotCache
 from mrlm_cli.engines.cached.decoder import Decoder
 from mrlm_cli.engines.cached.forward import AnyForward
-from mrlm_cli.engines.cached.graphs import CudaCapture
+from mrlm_cli.engines.cached.graphs import WARM_UP, CudaCapture
 from mrlm_cli.engines.cached.llama import LlamaForward
 from mrlm_cli.engines.cached.sizes import Sizes
 from mrlm_cli.engines.sampler import sample
-from mrlm_cli.errors import RecipeError, UserError
+from mrlm_cli.errors import EngineError, RecipeError, UserError
 from mrlm_cli.kernels.low_rank import Matrix
 from mrlm_cli.kernels.products import FrozenLinear
 from mrlm_cli.policy import lora
@@ -183,6 +187,20 @@ def test_moved_weights_are_captured_anew():
     assert len(families) == 2
 
 
+def test_another_model_is_captured_anew(monkeypatch):
+    first, second = model(), model(seed=1)
+    families = Families()
+    engine = decoder(first, families)
+    # As if the second one came to lie where the first one lay.
+    monkeypatch.setattr(LlamaForward, "memory", lambda self: [])
+    monkeypatch.setattr(SlotCache, "memory", [torch.empty(1)])
+    asked = [request("a", prompt("a", 9), 12)]
+    said = engine.generate(asked, decode)
+    engine.load(second)
+    assert engine.generate(asked, decode) == decoder(second, eagerly).generate(asked, decode) != said
+    assert len(families) == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_frozen_products_stay_where_they_are(dtype):
     parts = [torch.randn(6, 8), torch.randn(4, 8)]
@@ -268,6 +286,105 @@ def test_refusals():
                 compose.load("quickstart", overrides)
         else:
             compose.load("quickstart", overrides)
+
+
+class Recorded:
+    """In the place of torch.cuda: writes down what a capture does, and fails as a GPU does."""
+
+    def __init__(self, monkeypatch, ends_badly=False):
+        self.did, self._ends_badly = [], ends_badly
+        self._signature = inspect.signature(torch.cuda.graph)
+        self._stream = "main"
+        monkeypatch.setattr(graphs.torch, "cuda", self)
+        graphs._aside.cache_clear()
+
+    def note(self, what):
+        self.did.append((what, self._stream))
+
+    def Stream(self):
+        return _Stream(self, "aside")
+
+    def current_stream(self):
+        return _Stream(self, self._stream)
+
+    def graph_pool_handle(self):
+        return (0, 1)
+
+    def CUDAGraph(self):
+        return self
+
+    def replay(self):
+        self.note("replayed")
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self._stream = self._stream, stream.name
+        try:
+            yield
+        finally:
+            self._stream = before
+
+    @contextlib.contextmanager
+    def graph(self, *given, **named):
+        bound = self._signature.bind(*given, **named).arguments
+        assert (bound["cuda_graph"], bound["pool"], bound["capture_error_mode"]) == (self, (0, 1), "thread_local")
+        before, self._stream = self._stream, bound["stream"].name
+        self.note("begun")
+        try:
+            yield
+        finally:
+            if self._ends_badly:  # before the stream is put back, as in torch
+                raise RuntimeError("operation failed due to a previous error during capture")
+        self.note("ended")
+        self._stream = before
+
+
+class _Stream:
+    def __init__(self, recorded, name):
+        self._recorded, self.name = recorded, name
+
+    def wait_stream(self, other):
+        self._recorded.note(f"{self.name} waits for {other.name}")
+
+
+def test_what_a_capture_does(monkeypatch):
+    cuda = Recorded(monkeypatch)
+    capture = CudaCapture()
+    for _ in range(2):
+        cuda.did.clear()
+        replay = capture(lambda: cuda.note("worked"))
+        assert cuda.did == [
+            ("aside waits for main", "main"),
+            *[("worked", "aside")] * WARM_UP,
+            ("begun", "aside"),
+            ("worked", "aside"),
+            ("ended", "aside"),
+            ("main waits for aside", "main"),
+        ]
+    replay()
+    assert cuda.did[-1] == ("replayed", "main")
+    graphs._aside.cache_clear()
+
+
+def test_a_capture_that_fails_says_why(monkeypatch):
+    cuda = Recorded(monkeypatch, ends_badly=True)
+    runs = []
+
+    def work():
+        runs.append(len(runs))
+        if len(runs) > WARM_UP:
+            raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be late")
+
+    with pytest.raises(EngineError, match=r"captured \(operation not permitted when stream is capturing\); set it to"):
+        CudaCapture()(work)
+
+    def broken():
+        raise IndexError("a bug of the step")
+
+    with pytest.raises(IndexError):  # of the first warm-up, which no graph has anything to do with
+        CudaCapture()(broken)
+    assert cuda.current_stream().name == "main"
+    graphs._aside.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

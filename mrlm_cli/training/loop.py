@@ -128,6 +128,7 @@ def iteration(trainer: Trainer) -> list[Phase]:
             scored = time.perf_counter()
             sums.update(trainer.updater.update(batch, progress, measures_gap=needs.old and old_from != "scoring"))
         trainer.refresh_engine()
+    wait_for_device()
     ended = time.perf_counter()
     trainer.step += 1
     if algorithm.needs.sync is not None:
@@ -160,9 +161,15 @@ def decoding_seconds(trainer: Trainer) -> float:
     return trainer.source.decoding_seconds if isinstance(trainer.source, RolloutSource) else 0.0
 
 
+def wait_for_device() -> None:
+    """Let a GPU finish what it was given, so that the update's last kernels are not timed as the next rollout."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def peak_memory_mb() -> float:
     """Peak memory so far in MiB: of the GPU where one is used, else the process's resident set."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -120,10 +120,10 @@ class Updater:
         Whole groups are shuffled, so that a group's rows mostly meet in one part: what they begin with in common is
         then computed once.
         """
-        units = unit_rows(batch)
+        units, group_of = unit_rows(batch), batch.group.tolist()
         groups: dict[int, list[int]] = {}
         for unit, rows in units.items():
-            groups.setdefault(int(batch.group[rows[0]]), []).append(unit)
+            groups.setdefault(group_of[rows[0]], []).append(unit)
         shuffled_groups = shuffled(list(groups), self._seed, "minibatches", progress.step, pass_number)
         order = [unit for group in shuffled_groups for unit in groups[group]]
         count = min(self._settings.minibatches, len(order))

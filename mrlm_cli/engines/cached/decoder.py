@@ -69,6 +69,8 @@ class Decoder:
                 raise UserError(
                     f"engine.cuda_graphs is true, and {config.model_type} has not Llama's shape; set it to false"
                 )
+            if self._graphs is not None:
+                self._graphs.drop()
             self._forward = llama or AnyForward(module, self._precision)
             self._source, self._cache = module, None
             self._device = next(module.parameters()).device

@@ -6,6 +6,7 @@ of its own, and holds only while weights and cache lie where they lay; once one 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -39,21 +40,34 @@ class CudaCapture:
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], object]:
         """See `Capture`."""
-        graph = torch.cuda.CUDAGraph()
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UP):
-                    work()
-            torch.cuda.current_stream().wait_stream(aside)
-            # Other threads, such as a judge's, may go on allocating.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        graph, here, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), _aside()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):  # also to come back from, which a capture that fails does not by itself
+            for _ in range(WARM_UP):
                 work()
-        except RuntimeError as error:
-            why = str(error).splitlines()[0]
-            raise EngineError(f"engine.cuda_graphs: the step could not be captured ({why}); set it to false") from error
+            try:
+                # Whatever another thread does on the device meanwhile is not part of it, and is no error.
+                with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
+                    work()
+            except RuntimeError as error:
+                raise EngineError(
+                    f"engine.cuda_graphs: the step could not be captured ({_reason(error)}); set it to false"
+                ) from error
+        here.wait_stream(aside)
         return graph.replay
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first: the end of a capture that failed raises too, and says less."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+@functools.cache
+def _aside() -> torch.cuda.Stream:
+    """The stream of every warm-up and capture: libraries and the allocator keep memory for each that they once saw."""
+    return torch.cuda.Stream()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +90,13 @@ class Graphs:
         """Say where weights and cache lie now; graphs over other places are dropped. Comes before `step`."""
         places = [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in memory]
         if self._capture is None or places != self._memory:
-            self._held.clear()
+            self.drop()
             self._capture, self._memory = self._family(), places
+
+    def drop(self) -> None:
+        """Forget every graph: another model computes otherwise, even over the same places."""
+        self._held.clear()
+        self._capture = self._memory = None
 
     def step(self, forward: Forward, cache: SlotCache, given: Tensor, width: int) -> Tensor:
         """See `steps.step`; `given` is on the host. What is returned holds until the next call."""
