@@ -11,7 +11,7 @@ from mrlm_cli.engines.cached import graphs
 from mrlm_cli.engines.cached.cache import SlotCache
 from mrlm_cli.engines.cached.decoder import Decoder
 from mrlm_cli.engines.cached.forward import AnyForward
-from mrlm_cli.engines.cached.graphs import WARM_UP, CudaCapture
+from mrlm_cli.engines.cached.graphs import WARM_UP, CudaCaptures
 from mrlm_cli.engines.cached.llama import LlamaForward
 from mrlm_cli.engines.cached.sizes import Sizes
 from mrlm_cli.engines.sampler import sample
@@ -292,16 +292,16 @@ class Recorded:
     """In the place of torch.cuda: writes down what a capture does, and fails as a GPU does."""
 
     def __init__(self, monkeypatch, ends_badly=False):
-        self.did, self._ends_badly = [], ends_badly
+        self.did, self.streams, self._ends_badly = [], 0, ends_badly
         self._signature = inspect.signature(torch.cuda.graph)
         self._stream = "main"
         monkeypatch.setattr(graphs.torch, "cuda", self)
-        graphs._aside.cache_clear()
 
     def note(self, what):
         self.did.append((what, self._stream))
 
     def Stream(self):
+        self.streams += 1
         return _Stream(self, "aside")
 
     def current_stream(self):
@@ -349,10 +349,10 @@ class _Stream:
 
 def test_what_a_capture_does(monkeypatch):
     cuda = Recorded(monkeypatch)
-    capture = CudaCapture()
+    families = CudaCaptures()
     for _ in range(2):
         cuda.did.clear()
-        replay = capture(lambda: cuda.note("worked"))
+        replay = families()(lambda: cuda.note("worked"))
         assert cuda.did == [
             ("aside waits for main", "main"),
             *[("worked", "aside")] * WARM_UP,
@@ -363,7 +363,7 @@ def test_what_a_capture_does(monkeypatch):
         ]
     replay()
     assert cuda.did[-1] == ("replayed", "main")
-    graphs._aside.cache_clear()
+    assert cuda.streams == 1
 
 
 def test_a_capture_that_fails_says_why(monkeypatch):
@@ -376,22 +376,21 @@ def test_a_capture_that_fails_says_why(monkeypatch):
             raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be late")
 
     with pytest.raises(EngineError, match=r"captured \(operation not permitted when stream is capturing\); set it to"):
-        CudaCapture()(work)
+        CudaCaptures()()(work)
 
     def broken():
         raise IndexError("a bug of the step")
 
     with pytest.raises(IndexError):  # of the first warm-up, which no graph has anything to do with
-        CudaCapture()(broken)
+        CudaCaptures()()(broken)
     assert cuda.current_stream().name == "main"
-    graphs._aside.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_on_a_gpu(precision):
     module = model().cuda()
-    replayed = told(module, CudaCapture, precision)
+    replayed = told(module, CudaCaptures(), precision)
     for mine, other in zip(replayed, told(module, eagerly, precision), strict=True):
         assert (mine.tokens, mine.stop) == (other.tokens, other.stop)
         assert mine.logprobs == pytest.approx(other.logprobs, abs=1e-5 if precision == "float32" else 0.02)

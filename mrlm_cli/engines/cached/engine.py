@@ -41,11 +41,11 @@ class CachedEngine:
         self, config: Config, *, decode: Callable[[Sequence[int]], str], precision: str, check: Callable[[], None]
     ) -> None:
         from mrlm_cli.engines.cached.decoder import Decoder
-        from mrlm_cli.engines.cached.graphs import CudaCapture
+        from mrlm_cli.engines.cached.graphs import CudaCaptures
 
         self.config = config
         self._decode = decode
-        capture = CudaCapture if config.cuda_graphs else None
+        capture = CudaCaptures() if config.cuda_graphs else None
         self._decoder = Decoder(config.slots, config.max_cached_tokens, precision, check, capture)
 
     def load(self, module: torch.nn.Module) -> None:

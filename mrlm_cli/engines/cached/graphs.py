@@ -6,7 +6,6 @@ of its own, and holds only while weights and cache lie where they lay; once one 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,15 +31,34 @@ class Capture(Protocol):
         """
 
 
+class CudaCaptures:
+    """Begins families of captures by torch.cuda.graph, one after another, all on one stream of their own.
+
+    Libraries and the allocator keep memory for every stream that they once saw, and when a graph ends torch gives up
+    cuBLAS's of its stream, whichever other graphs still use it. So neither each family has a stream, nor all engines
+    share one: whoever has this gives up a family as a whole before it begins the next.
+    """
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None  # made where CUDA is known to be there
+
+    def __call__(self) -> CudaCapture:
+        """A new family."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        return CudaCapture(self._stream)
+
+
 class CudaCapture:
     """Capture by torch.cuda.graph. Raises EngineError where a step cannot be captured."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], object]:
         """See `Capture`."""
-        graph, here, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), _aside()
+        graph, here, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), self._stream
         aside.wait_stream(here)
         with torch.cuda.stream(aside):  # also to come back from, which a capture that fails does not by itself
             for _ in range(WARM_UP):
@@ -62,12 +80,6 @@ def _reason(error: BaseException) -> str:
     while error.__context__ is not None:
         error = error.__context__
     return str(error).partition("\n")[0] or type(error).__name__
-
-
-@functools.cache
-def _aside() -> torch.cuda.Stream:
-    """The stream of every warm-up and capture: libraries and the allocator keep memory for each that they once saw."""
-    return torch.cuda.Stream()
 
 
 @dataclass(frozen=True, slots=True)
