@@ -124,9 +124,7 @@ class Group:
             kl_loss = (batch.weights * estimate(logprobs, only(batch.ref_logprobs))).sum()
             total = total + config.kl.coef * kl_loss
             sums.add("kl_loss", kl_loss.detach(), mass)
-            # Before the update, as where it is credited: of the old ones, so that the first step of a run says 0.
-            k1 = formulas.kl.k1(old_logprobs, only(batch.ref_logprobs)).double()
-            sums.add("kl", k1.sum(), active.any(1).sum())
+            _measured_k1(batch, active, sums)
         logprobs, log_ratios = logprobs.detach(), log_ratios.detach()
         sums.add("policy_loss", policy_loss.detach(), mass)
         sums.add("entropy", entropy.detach(), tokens)
@@ -155,16 +153,12 @@ class Group:
             raise CheckpointError(f"the checkpoint's algorithm is no group method: its state holds {sorted(state)}")
 
     def _kl_penalties(self, batch: Batch, active: Tensor, sums: Sums) -> Tensor:
-        """β·k1 of every chosen token in float64, and its measurement; 0 where the KL is in the loss, or nowhere."""
+        """β·k1 of every chosen token in float64; 0 where the KL is in the loss and measured there, or nowhere."""
         if self.config.kl.coef > 0:
             sums.add("kl_coef", self.config.kl.coef)
         if self.config.kl.coef == 0 or self.config.kl.form not in BEFORE:
             return batch.rewards.new_zeros(batch.rewards.shape).double()
-        assert batch.old_logprobs is not None
-        assert batch.ref_logprobs is not None
-        k1 = formulas.kl.k1(batch.old_logprobs, batch.ref_logprobs).detach().double().masked_fill(~active, 0)
-        sums.add("kl", k1.sum(), active.any(1).sum())
-        return self.config.kl.coef * k1
+        return self.config.kl.coef * _measured_k1(batch, active, sums)
 
     def _compared(
         self, scores: Tensor, group: Tensor, everyone: Tensor, included: Tensor, sums: Sums
@@ -205,6 +199,18 @@ class Group:
             return losses.cispo(logprobs, log_ratios, advantages, *config.clip), log_ratios
         unit = log_ratios.new_zeros(log_ratios.shape)  # log-ratios against 0 are themselves
         return losses.clipped_surrogate(log_ratios, unit, advantages, *config.clip, config.dual_clip), log_ratios
+
+
+def _measured_k1(batch: Batch, active: Tensor, sums: Sums) -> Tensor:
+    """k1 of the old log-probs in float64, [B,T], 0 outside `active`; measured as `kl`, nats per episode.
+
+    Of the old ones, so before the update: the first step of a run says 0, wherever the KL enters.
+    """
+    assert batch.old_logprobs is not None
+    assert batch.ref_logprobs is not None
+    k1 = formulas.kl.k1(batch.old_logprobs, batch.ref_logprobs).detach().double().masked_fill(~active, 0)
+    sums.add("kl", k1.sum(), active.any(1).sum())
+    return k1
 
 
 class GRPO(Group):
