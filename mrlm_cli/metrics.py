@@ -186,9 +186,9 @@ METRICS: dict[str, Metric] = _table(
     ),
     Metric(
         "clip_fraction",
-        "Share of chosen tokens whose ratio lies outside the clip range.",
+        "Share of chosen tokens whose ratio lies outside the clip range; of episodes, where the ratio is an episode's.",
         "mean[ρ outside [1−ε_low, 1+ε_high]]",
-        "0 to 0.3; any where ρ is a whole episode's",
+        "0 to 0.3 of tokens; more of episodes, while not nearly all after an iteration's first optimizer step",
     ),
     Metric(
         "value_clip_fraction",

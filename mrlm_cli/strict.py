@@ -143,7 +143,7 @@ class AlgorithmSettings(Strict):
 
     @property
     def clips_episodes(self) -> bool:
-        """Whether the ratio that is clipped is a whole episode's, so that its tokens are clipped all together, and many
+        """Whether the ratio that is clipped is a whole episode's: `clip_fraction` then counts episodes, and many
         of them without anything being wrong."""
         return False
 

@@ -128,7 +128,7 @@ def slow_loss(algorithm, out, batch, progress):
             measure("approx_kl", math.exp(gaps[t]) - 1 - gaps[t])
             measure("policy_moved", abs(gaps[t]))
             measure("entropy", out.entropy[b, t].item())
-            if config.clip:
+            if config.clip and (config.ratio == "token" or t == chosen[0]):  # an episode's ratio counts once
                 measure("clip_fraction", float(not 1 - low <= ratio <= 1 + high))
     measured = {}
     if config.kl.coef == 0 or config.kl.form in ("score", "reward"):

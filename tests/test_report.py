@@ -163,7 +163,33 @@ def test_bounds_are_those_that_explain_states(name: str, precision: str, pattern
 
 
 def test_every_word_belongs_to_a_metric() -> None:
-    assert all(rule.metric in METRICS for rule in (*words._RULES, *words._dependent(0, 0, "float32", None, False)))
+    dependent = [*words._dependent(0, 0, "float32", None), words._clipping(0, None), words._clipping(0, 4)]
+    assert all(rule.metric in METRICS for rule in (*words._RULES, *dependent))
+
+
+@pytest.mark.parametrize(
+    ("share", "step", "optimizer_steps", "expected"),
+    [
+        (0.2, 50, 4, "good: few, the steps are moderate"),
+        (0.7, 50, 4, "good: many, as is usual where whole episodes are clipped"),
+        (0.74, 50, 4, "watch: nearly all after an iteration's first optimizer step"),  # of 4 the first clips nothing
+        (0.74, 50, 8, "good: many, as is usual where whole episodes are clipped"),
+        (0.74, 10, 4, "good: nearly all, as yet; should fall"),
+        (0.49, 50, 2, "watch: nearly all after an iteration's first optimizer step"),
+        (0.0, 50, 1, "good: few, the steps are moderate"),
+    ],
+)
+def test_clipped_episodes_are_judged_by_the_steps_that_can_clip_any(
+    share: float, step: int, optimizer_steps: int, expected: str
+) -> None:
+    metrics = {"clip_fraction": share, "optimizer_steps": float(optimizer_steps)}
+    (one,) = words.judge(metrics, step=step, clips_episodes=True)
+    assert (one.label, f"{one.level}: {one.words}".partition("; lower ")[0].partition(", so that")[0]) == (
+        "clipped episodes",
+        expected,
+    )
+    (tokens,) = words.judge(metrics, step=step)
+    assert (tokens.label, tokens.level) == ("clipped tokens", "watch" if share > 0.3 and step > 10 else "good")
 
 
 def test_health_problems() -> None:
@@ -180,7 +206,6 @@ def test_health_problems() -> None:
     assert level("truncated_rate", 0.6, step=41, steps=200) == "watch"
     assert level("clip_fraction", 0.4, step=10) == "good"
     assert level("clip_fraction", 0.4, step=11) == "watch"
-    assert level("clip_fraction", 0.9, step=11, clips_episodes=True) == "good"
     assert level("reward_std", 0.0) == "watch"
     assert level("reward_std", 0.1) is None
     assert level("failed_rate", 0.0) is None

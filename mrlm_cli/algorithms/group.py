@@ -131,7 +131,10 @@ class Group:
         sums.add("approx_kl", losses.approx_kl(logprobs, old_logprobs).sum(), tokens)
         if config.clip is not None:
             outside = losses.clipped(log_ratios, log_ratios.new_zeros(log_ratios.shape), *config.clip)
-            sums.add("clip_fraction", outside.sum(), tokens)
+            if config.clips_episodes:  # an episode is one action: long ones count no more than short ones
+                sums.add("clip_fraction", outside.any(1).sum(), active.any(1).sum())
+            else:
+                sums.add("clip_fraction", outside.sum(), tokens)
         sums.add("policy_moved", (logprobs - old_logprobs).abs().sum(), tokens)
         return {"mass": total, "tokens": -coefficient * entropy}, sums
 

@@ -15,6 +15,7 @@ WATCH: Level = "watch"
 BAD: Level = "bad"
 
 EARLY_STEPS = 10  # up to here a value function worse than a constant and many clipped tokens are usual
+NEARLY_ALL = 0.95  # of the episodes of an optimizer step, clipped
 EARLY_SHARE = 0.2  # of a run in which a policy from scratch may still learn to end its replies
 MASTERED = 0.9  # held-out exactness above which a policy that is sure of itself is what was wanted
 
@@ -121,10 +122,12 @@ def judge(
 
     `steps` are those of the whole run, 0 where that is not known.
     `exact` is the last held-out exactness, if any: a policy without entropy is good news when it is right.
-    `clips_episodes` is the algorithm's: where whole episodes are clipped, there is no number that would be too many.
+    `clips_episodes` is the algorithm's: whole episodes are clipped, which moves many of them out of range, but should
+    leave some within it after the first optimizer step of an iteration, in which no ratio has moved yet.
     """
     found = []
-    for rule in (*_RULES, *_dependent(step, steps, precision, exact, clips_episodes)):
+    episodes = metrics.get("optimizer_steps", math.inf) if clips_episodes else None
+    for rule in (*_RULES, _clipping(step, episodes), *_dependent(step, steps, precision, exact)):
         value = metrics.get(rule.metric)
         if value is None or math.isnan(value):
             continue
@@ -142,7 +145,27 @@ def problems(judgements: list[Judgement]) -> list[Judgement]:
     return sorted((one for one in judgements if one.level != GOOD), key=lambda one: one.level != BAD)
 
 
-def _dependent(step: int, steps: int, precision: str, exact: float | None, clips_episodes: bool) -> tuple[_Rule, ...]:
+def _clipping(step: int, episodes: float | None) -> _Rule:
+    """What a clip fraction means: of tokens, or of episodes in so many optimizer steps an iteration.
+
+    What is clipped and went the way of its advantage has no gradient, so that a step in which nearly all is clipped
+    learns from what went the other way alone.
+    """
+    early, few = step <= EARLY_STEPS, (0.3, GOOD, "few, the steps are moderate")
+    if episodes is None:
+        many = (GOOD, "many, as yet; should fall") if early else (WATCH, "many; lower optimizer.lr or passes")
+        return _Rule("clip_fraction", "clipped tokens", (few, (1, *many)), share=True)
+    usual = (NEARLY_ALL * (1 - 1 / max(episodes, 1)), GOOD, "many, as is usual where whole episodes are clipped")
+    all_late = "nearly all after an iteration's first optimizer step, so that the others teach little"
+    nearly_all = (
+        (GOOD, "nearly all, as yet; should fall")
+        if early
+        else (WATCH, f"{all_late}; lower optimizer.minibatches, passes or lr, or widen algorithm.clip")
+    )
+    return _Rule("clip_fraction", "clipped episodes", (few, usual, (1, *nearly_all)), share=True)
+
+
+def _dependent(step: int, steps: int, precision: str, exact: float | None) -> tuple[_Rule, ...]:
     """The rules whose bounds depend on where the run stands and on what it is."""
     mastered = exact is not None and exact >= MASTERED
     below_constant: tuple[Level, str] = (
@@ -157,25 +180,12 @@ def _dependent(step: int, steps: int, precision: str, exact: float | None, clips
         if step <= max(EARLY_STEPS, EARLY_SHARE * steps)
         else (WATCH, "many; reward replies that end, or raise sampling.max_new_tokens or max_turns")
     )
-    clipped: tuple[Level, str] = (
-        (GOOD, "many, as is usual where whole episodes are clipped")
-        if clips_episodes
-        else (GOOD, "many, as yet; should fall")
-        if step <= EARLY_STEPS
-        else (WATCH, "many; lower optimizer.lr or passes")
-    )
     collapsed: tuple[Level, str] = (
         (GOOD, "sure of itself, and right")
         if mastered
         else (WATCH, "collapsed, exploration is over; raise algorithm.entropy.coef or lower optimizer.lr")
     )
     return (
-        _Rule(
-            "clip_fraction",
-            "clipped tokens",
-            ((0.3, GOOD, "few, the steps are moderate"), (1, *clipped)),
-            share=True,
-        ),
         _Rule(
             "truncated_rate",
             "replies cut by a limit",
