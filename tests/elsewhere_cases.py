@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mrlm_cli.engines.cached import llama
+from mrlm_cli.events import Listener
 from mrlm_cli.kernels import logprobs
 from mrlm_cli.training import loop
 from tests.data_helpers import chats, jsonl, pair_row
@@ -164,6 +165,16 @@ def test_training_is_the_hosts(name, tmp_path, monkeypatch):
                 assert here[metric] == pytest.approx(there[metric], rel=close, abs=close), metric
 
 
+class Heard(Listener):
+    """Keeps warnings."""
+
+    def __init__(self):
+        self.warnings = []
+
+    def warned(self, text):
+        self.warnings.append(text)
+
+
 def lived(recipe, folder, kind):
     """The metrics of a short life; `kind` is what its parameters are."""
     with trainer(folder / "run", recipe) as made:
@@ -174,8 +185,10 @@ def lived(recipe, folder, kind):
         found = made.run.metrics()
         saved = made.run.checkpoints / f"step-{step:06}"
         assert {type(each) for each in made.policy.parameters()} == {kind}
-    with trainer(folder / "again", recipe) as made:
+    heard = Heard()
+    with trainer(folder / "again", recipe, heard) as made:
         made.load(saved)
+        assert any("inexact" in each for each in heard.warnings) == (kind is Elsewhere)
         made.step = 0  # the first of this directory
         made.refresh_engine()
         loop.iteration(made)

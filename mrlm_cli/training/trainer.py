@@ -282,6 +282,11 @@ class Trainer:
         self.updater.refused_in_a_row = int(state["refused_in_a_row"])
         self._gap = state.get("sampler_gap_max")
         self.resumed = True
+        if self.recipe.hardware.device != "cpu":
+            self.announce.warned(
+                "a GPU adds up gradients in no fixed order: what follows is inexact, it has other bits than a run that "
+                "was never interrupted"
+            )
         checkpoint.mark_latest(directory.parent, self.step)
         if self.best is not None and (directory.parent / checkpoint.name(int(self.best["step"]))).is_dir():
             checkpoint.mark_best(directory.parent, int(self.best["step"]))
