@@ -144,6 +144,7 @@ def attention_given(packing, heads, width, dtype):
         (Heads(2, 2), 6, 2),
         (Heads(2, 1), 128, 17),
         (Heads(1, 1), 256, 5),
+        (Heads(2, 1), 32, 1000),
     ],
 )
 @pytest.mark.parametrize("packed", [rows_alike, rows_apart])
@@ -159,18 +160,28 @@ def test_attention(dtype, heads, width, longest, packed, threads):
     near(found[1], exact[1], dtype)
 
 
+@pytest.mark.usefixtures("threads")
 def test_the_number_of_threads_changes_no_bit_of_attention():
     given = attention_given(rows_alike(60), Heads(4, 2), 32, torch.bfloat16)
-    before = torch.get_num_threads()
     outcomes = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         outcomes.append(attended(*given))
-    torch.set_num_threads(before)
     assert all(torch.equal(one, other) for found in outcomes for one, other in zip(found, outcomes[0], strict=True))
 
 
-def test_attention_of_a_row_that_is_not_finite_is_its_own():
+def test_a_row_alone_has_the_bits_that_it_has_in_company():
+    packing, heads, width = rows_alike(60), Heads(4, 2), 32
+    projected, cos, sin, *_, weight = given = attention_given(packing, heads, width, torch.float32)
+    together = attended(*given)[0]
+    for row, length in enumerate((60, 40, 59, 59, 60, 1)):
+        nodes = packing.node[row, :length]
+        tokens = torch.arange(length)[None]
+        alone = (projected[nodes], cos[nodes], sin[nodes], pack(tokens, torch.tensor([length])), heads, weight[nodes])
+        assert torch.equal(attended(*alone)[0], together[nodes])
+
+
+def test_attention_of_an_unshared_row_that_is_not_finite_is_its_own():
     packing = rows_apart(30)
     projected, *rest = attention_given(packing, Heads(2, 1), 16, torch.float32)
     clean = attended(projected, *rest)

@@ -38,8 +38,8 @@ class Heads:
 
 def library_for(projected: Tensor, cos: Tensor, heads: Heads) -> native.Library | None:
     """The kernels in C, if they can do this attention."""
-    library = native.on(projected, cos)
-    if library is None or cos.dtype != torch.float32 or projected.shape[-1] // heads.every > library.widest_head:
+    library, width = native.on(projected, cos), projected.shape[-1] // heads.every
+    if library is None or cos.dtype != torch.float32 or width > library.widest_head or width % 2:
         return None
     return library
 
@@ -60,6 +60,11 @@ class FusedAttention(torch.autograd.Function):
         ctx.library, ctx.packing, ctx.heads, ctx.scaling = library, packing, heads, scaling
         rows, longest = packing.rows
         width, threads = projected.shape[-1] // heads.every, _threads(packing, heads)
+        # What the kernel reads by address.
+        assert sin.dtype == cos.dtype
+        assert sin.shape == cos.shape == (len(projected), width // 2)
+        assert packing.owner.dtype == packing.node.dtype == torch.int64
+        assert len(packing.owner) == len(projected)
         out = projected.new_empty(len(projected), heads.queries * width)
         native.run(
             library.attend,
@@ -69,7 +74,7 @@ class FusedAttention(torch.autograd.Function):
             packing.node,
             packing.owner,
             out,
-            cos.new_empty(threads * library.attention_scratch(longest, width)),
+            cos.new_empty(threads * library.attention_scratch(longest, width, False)),
             rows,
             longest,
             heads.queries,
@@ -98,10 +103,10 @@ class FusedAttention(torch.autograd.Function):
             packing.owner,
             packing.holders,
             packing.starts,
-            gradient.to(projected.dtype).contiguous(),
+            gradient.contiguous(),
             out,
             cos.new_empty(rows * longest, 2 * heads.keys * width),
-            cos.new_empty(threads * library.attention_scratch(longest, width)),
+            cos.new_empty(threads * library.attention_scratch(longest, width, True)),
             len(projected),
             rows,
             longest,

@@ -19,7 +19,8 @@ from mrlm_cli.kernels.low_rank import Matrix, adapted, matrix
 from mrlm_cli.kernels.packing import Packing
 from mrlm_cli.kernels.parameters import embedded, fused
 
-# Rows up to this long have their attention scores written out; longer ones take the fused kernel.
+# Without the kernels in C, rows up to this long have their attention scores written out on a CPU; longer ones take
+# torch's fused attention.
 WRITTEN_OUT = 384
 _FAMILIES = {f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mistral", "qwen2", "qwen3")}
 _ROTARY = {"default", "linear", "llama3", "yarn"}  # kinds whose angles depend on the position alone
@@ -150,10 +151,22 @@ class Trunk:
         x = torch.cat([turned, x[:, heads + kv_heads :].to(projected.dtype)], dim=1).flatten(1)
         x = Spread.apply(x, packing).view(rows, longest, heads + 2 * kv_heads, -1).transpose(1, 2)
         query, key, value = x.split([heads, kv_heads, kv_heads], dim=1)
-        attended = nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.scaling, enable_gqa=True
-        )
+        attended = causal(query, key, value, None, self.scaling)
         return attended.transpose(1, 2).reshape(rows * longest, -1).index_select(0, packing.owner)
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """query [B,heads,Q,d], key and value [B,kv_heads,K,d] -> [B,heads,Q,d]; without a mask each sees up to itself.
+
+    On a GPU a key is repeated for the queries that share it: where it is not, torch writes out all scores unless the
+    type is a narrow one and there is no mask.
+    """
+    shared = query.device.type == "cpu"
+    if not shared:
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=shared
+    )
 
 
 def plain_linear(module: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """Log-probabilities and entropies of chosen tokens, without ever holding the logits of all of them.
 
 N scored tokens, H width of the hidden state, V words of the vocabulary. The only arrays of size [., V] are those of one
-chunk of at most `CHUNK_LOGITS` logits, a fixed rule: no setting, and no memory that happens to be free, changes bits.
+chunk of at most `CHUNK_LOGITS` logits (`WIDE_CHUNK_LOGITS` on a GPU), a fixed rule: no setting, and no memory that
+happens to be free, changes bits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from mrlm_cli.kernels import native
 
 # 128 MiB in fp32. Each further chunk costs a pass over the head's whole gradient [V,H], so that small ones are slow.
 CHUNK_LOGITS = 2**25
+# Elsewhere than on a CPU: 1 GiB in fp32.
+WIDE_CHUNK_LOGITS = 2**28
 # 2 MiB in fp32.
 BLOCK_LOGITS = 2**19
 
@@ -39,7 +42,8 @@ def chunked_logprobs(
     probability zero. Raises RuntimeError for a target outside the vocabulary.
     """
     assert (hidden.ndim, targets.ndim, len(targets)) == (2, 1, len(hidden))
-    rows = max(1, CHUNK_LOGITS // vocabulary)
+    limit = CHUNK_LOGITS if hidden.device.type == "cpu" else WIDE_CHUNK_LOGITS
+    rows = max(1, limit // vocabulary)
 
     def scored(hidden_chunk: Tensor, target_chunk: Tensor) -> tuple[Tensor, Tensor]:
         return _score(head(hidden_chunk), target_chunk, temperature, entropy)

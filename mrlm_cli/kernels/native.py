@@ -1,4 +1,4 @@
-"""Kernels in C for what lies between matrix products on a CPU.
+"""Kernels in C for what lies between matrix products with weights on a CPU, and for few rows times a matrix.
 
 torch's own operators do the same, and remain the reference; but each of them reads and writes its whole tensor, and
 costs a call. They are used on other devices, in other types than float32 and bfloat16, and where no C compiler is
@@ -125,7 +125,7 @@ def _load() -> Library:
         function.argtypes = [*(_KINDS[letter] for letter in takes), c_int, c_int]
         function.restype = None
     library.can_multiply.argtypes, library.can_multiply.restype = [c_int], c_int
-    library.attention_scratch.argtypes, library.attention_scratch.restype = [c_int64, c_int64], c_int64
+    library.attention_scratch.argtypes, library.attention_scratch.restype = [c_int64, c_int64, c_int], c_int64
     runtime = ctypes.CDLL(torch._C.__file__)  # looks through all that torch was linked with
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     if not all(hasattr(runtime, name) for name in names):

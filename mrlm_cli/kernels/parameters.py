@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +29,8 @@ class _Steady:
     made: dict[tuple[Any, ...], tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
 
 
-_steady: ContextVar[_Steady | None] = ContextVar("steady", default=None)
+# Not a context variable: on a GPU backward passes, and what is computed again in them, run in threads of their own.
+_now: _Steady | None = None
 
 
 @contextmanager
@@ -41,18 +41,19 @@ def steady(*, adds: bool = False) -> Iterator[None]:
     `.grad` themselves where that is cheaper; then `torch.autograd.grad` sees no gradient and hooks on gradients do not
     run.
     """
-    token = _steady.set(_Steady(adds))
+    global _now
+    before, _now = _now, _Steady(adds)
     try:
         yield
     finally:
-        _steady.reset(token)
+        _now = before
 
 
 def fused(dtype: torch.dtype, *parts: Tensor) -> Tensor:
     """Matrices [O_i, I] of one width -> one matrix [ΣO_i, I] in another type; gradients go back in their own types."""
     if len(parts) == 1 and parts[0].dtype == dtype:
         return parts[0]
-    key, state = (dtype, *map(id, parts)), _steady.get() or _Steady(adds=False)
+    key, state = (dtype, *map(id, parts)), _now or _Steady(adds=False)
     if key not in state.made:
         state.made[key] = joined(None, parts, dtype), parts
     return _Fuse.apply(state.made[key][0], state.adds, *parts)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
@@ -60,9 +61,8 @@ def fused(dtype: torch.dtype, *parts: Tensor) -> Tensor:
 
 def embedded(tokens: Tensor, weight: Tensor) -> Tensor:
     """tokens int64 [N], weight [V,H] -> weight[tokens] [N,H]."""
-    state = _steady.get()
     # Only on CPUs is adding by index done in a fixed order.
-    if state is not None and state.adds and weight.device.type == "cpu":
+    if _now is not None and _now.adds and weight.device.type == "cpu":
         return _Embed.apply(tokens, weight)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
     return torch.nn.functional.embedding(tokens, weight)
 
@@ -113,5 +113,6 @@ def _add(parameter: Tensor, gradient: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = gradient.to(parameter.dtype, copy=True)
         return
-    for mine, new in zip(parameter.grad.split(_ROWS), gradient.split(_ROWS), strict=True):
+    rows = _ROWS if parameter.device.type == "cpu" else len(parameter)  # a GPU converts as it adds
+    for mine, new in zip(parameter.grad.split(rows), gradient.split(rows), strict=True):
         mine.add_(new)

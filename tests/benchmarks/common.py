@@ -10,13 +10,17 @@ from typing import Any
 import torch
 
 from mrlm_cli.policy import pretrained
+from mrlm_cli.training.loop import wait_for_device
 
-# name -> (layers, hidden, mlp, heads, words): Llama shapes with tied embeddings; 135M is that of SmolLM2-135M
+# name -> (layers, hidden, mlp, heads, key heads, words): Llama shapes with tied embeddings; 135M is that of
+# SmolLM2-135M, 0.5B and 1.5B those of Qwen2.5
 SHAPES = {
-    "1M": (4, 128, 384, 4, 512),
-    "3M": (4, 256, 688, 4, 512),
-    "30M": (12, 448, 1152, 7, 4096),
-    "135M": (30, 576, 1536, 9, 49152),
+    "1M": (4, 128, 384, 4, 4, 512),
+    "3M": (4, 256, 688, 4, 4, 512),
+    "30M": (12, 448, 1152, 7, 7, 4096),
+    "135M": (30, 576, 1536, 9, 3, 49152),
+    "0.5B": (24, 896, 4864, 14, 2, 151936),
+    "1.5B": (28, 1536, 8960, 12, 2, 151936),
 }
 
 
@@ -26,7 +30,7 @@ def language_model(name: str, context: int) -> Any:
         return pretrained.read(name)[0]
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    layers, hidden, mlp, heads, words = SHAPES[name]
+    layers, hidden, mlp, heads, key_heads, words = SHAPES[name]
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=words,
@@ -34,7 +38,7 @@ def language_model(name: str, context: int) -> Any:
         intermediate_size=mlp,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads if heads % 3 else heads // 3,
+        num_key_value_heads=key_heads,
         max_position_embeddings=context,
         tie_word_embeddings=True,
         bos_token_id=1,
@@ -45,9 +49,11 @@ def language_model(name: str, context: int) -> Any:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
+    """Wall time of one call, from an idle GPU to an idle GPU where one is used."""
+    wait_for_device()
     begun = time.perf_counter()
     work()
+    wait_for_device()
     return time.perf_counter() - begun
 
 

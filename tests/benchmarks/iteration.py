@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--tokens-per-micro-batch", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--cuda-graphs", action="store_true", help="decoding replays its steps")
     arguments = parser.parse_args()
     print(json.dumps(measure(arguments)))
 
@@ -99,8 +101,10 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             optimizer=sections.Optimizer(
                 lr=1e-6, passes=passes, tokens_per_micro_batch=arguments.tokens_per_micro_batch
             ),
-            hardware=sections.Hardware(threads=arguments.threads, precision=arguments.precision),
-            engine=registry.resolve("engines", "cached").Config(),
+            hardware=sections.Hardware(
+                device=arguments.device, threads=arguments.threads, precision=arguments.precision
+            ),
+            engine=registry.resolve("engines", "cached").Config(cuda_graphs=arguments.cuda_graphs),
         )
     )
     run = RunDirectory.create(folder / "run", recipe_yaml="", origins={}, machine={})
@@ -113,12 +117,13 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         trainer = Trainer(recipe, (folder,), stage, run, announce)
         _fixed_work(stage)
         trainer.engine.load(trainer.policy.lm)
-        peak = limits.peak(arguments.precision)
+        peak = limits.peak(arguments.precision, arguments.device)
         for _ in range(arguments.iterations + 1):
             loop.iteration(trainer)
         rows = run.metrics()
         operations = passes * useful_operations(trainer.policy, arguments.episodes, per_task)
-        peak = max(peak, limits.peak(arguments.precision))  # a neighbour may have taken a core during one of them
+        # A neighbour may have taken a core during one of them.
+        peak = max(peak, limits.peak(arguments.precision, arguments.device))
     counted = rows[1:] or rows
     phases = ("seconds", "rollout_seconds", "scoring_seconds", "update_seconds", "tokens_per_second")
     return {

@@ -1,6 +1,7 @@
 """What this machine can do at most: matrix products by precision and threads, and memory bandwidth.
 
     python -m tests.benchmarks.limits
+    python -m tests.benchmarks.limits --device cuda
 
 GFLOP/s of the fastest of several square-ish products as training makes them, the best of many runs; GB/s of a sum into
 a third array that no cache holds (two reads and one write). Prints a table and one JSON line.
@@ -17,14 +18,21 @@ import torch
 from tests.benchmarks.common import markdown, seconds
 
 SIZES = ((1024, 1024, 1024), (1024, 576, 1536), (2048, 1536, 576), (4096, 2048, 2048))  # rows, inputs, outputs
+GPU_SIZES = ((8192, 8192, 8192),)
 LARGE = 2**25  # numbers in an array: 128 MiB
+GPU_LARGE = 2**29
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
-    found = [{"threads": threads, **measure(threads)} for threads in arguments.threads]
+    found: list[dict[str, float]] = (
+        [{"threads": threads, **measure(threads)} for threads in arguments.threads]
+        if arguments.device == "cpu"
+        else [measure_gpu()]
+    )
     columns = list(found[0])
     print(markdown(columns, [[each[column] for column in columns] for each in found]))
     print(json.dumps({"benchmark": "limits", "torch": torch.__version__, "results": found}))
@@ -45,17 +53,27 @@ def measure(threads: int) -> dict[str, float]:
         torch.set_num_threads(before)
 
 
-def peak(precision: str) -> float:
-    """GFLOP/s of the fastest product of a precision with the present number of threads."""
-    if precision == "bfloat16":
-        return _products(torch.bfloat16, torch.nn.functional.linear)
-    return max(_products(torch.float32, torch.nn.functional.linear), _products(torch.float32, _onednn))
+def measure_gpu() -> dict[str, float]:
+    """Every limit of the GPU."""
+    return {
+        "float32 GFLOP/s": round(peak("float32", "cuda")),
+        "bfloat16 GFLOP/s": round(peak("bfloat16", "cuda")),
+        "GB/s": round(bandwidth("cuda")),
+    }
 
 
-def bandwidth() -> float:
+def peak(precision: str, device: str = "cpu") -> float:
+    """GFLOP/s of the fastest product of a precision, on CPUs with the present number of threads."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    found = _products(dtype, torch.nn.functional.linear, device)
+    return found if (precision, device) != ("float32", "cpu") else max(found, _products(dtype, _onednn))
+
+
+def bandwidth(device: str = "cpu") -> float:
     """GB/s of c = a + b."""
-    a, b, c = (torch.ones(LARGE) for _ in range(3))
-    return 3 * 4 * LARGE / min(seconds(lambda: torch.add(a, b, out=c)) for _ in range(8)) / 1e9
+    count = LARGE if device == "cpu" else GPU_LARGE
+    a, b, c = (torch.ones(count, device=device) for _ in range(3))
+    return 3 * 4 * count / min(seconds(lambda: torch.add(a, b, out=c)) for _ in range(8)) / 1e9
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -64,10 +82,12 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _products(dtype: torch.dtype, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
+def _products(
+    dtype: torch.dtype, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], device: str = "cpu"
+) -> float:
     best = 0.0
-    for rows, inputs, outputs in SIZES:
-        x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+    for rows, inputs, outputs in SIZES if device == "cpu" else GPU_SIZES:
+        x, weight = (torch.randn(count, inputs, device=device).to(dtype) for count in (rows, outputs))
         spent = min(seconds(lambda x=x, weight=weight: product(x, weight)) for _ in range(12))  # type: ignore[misc]
         best = max(best, 2 * rows * inputs * outputs / spent / 1e9)
     return best

@@ -8,6 +8,12 @@ TRL needs an environment of its own, and a folder with its last release that had
     trl-env/bin/pip install "torch>=2.11,<2.14" trl==1.16.0 transformers accelerate datasets
     trl-env/bin/pip install --no-deps --target trl112 trl==1.12.0
 
+On a GPU, with a random model of the shape of a larger one, larger micro-batches here, and TRL's default of 8 rows:
+
+    python -m tests.benchmarks.shaped 0.5B models/shaped --tokenizer models/smollm2-135m
+    python tests/benchmarks/vs_trl.py ppo-smollm2 grpo-smollm2 --smollm2 models/shaped --device cuda --cuda-graphs \\
+        --tokens-per-micro-batch 32768 --peer trl-env/bin/python --trl112 trl112
+
 Work of one iteration: 32 episodes (or `--episodes`) of 32 prompt tokens and exactly 64 sampled tokens; PPO makes 4
 passes in one minibatch, GRPO samples each prompt 4 times and makes one pass. Cases with the same peer share its runs:
 a round runs ours of every such case, then the peer. Both sides use the same number of threads; each leaves its first
@@ -55,6 +61,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=1, help="counted iterations of each side in a round")
     parser.add_argument("--episodes", type=int, default=32, help="of an iteration; a multiple of 8")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of both sides")
+    parser.add_argument("--cuda-graphs", action="store_true", help="ours replays its decoding steps")
+    parser.add_argument("--tokens-per-micro-batch", type=int, help="ours, instead of a case's own")
     arguments = parser.parse_args()
     together: dict[str, list[str]] = {}
     for case in arguments.cases:
@@ -66,14 +75,21 @@ def main() -> None:
             f"{result['case']:20} {result['peer_seconds']:9.2f} {result['our_seconds']:9.2f} {result['ratio']:6.1f}x"
             f"   {result['peer_memory_mb']:7.0f} {result['our_memory_mb']:7.0f}"
         )
-    print(json.dumps({"benchmark": "vs_trl", "threads": arguments.threads, "results": results}))
+    print(
+        json.dumps(
+            {"benchmark": "vs_trl", "threads": arguments.threads, "device": arguments.device, "results": results}
+        )
+    )
 
 
 def measure(cases: list[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Medians over the rounds of cases with one peer, each of ours and the peer's."""
     ours: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
     theirs: list[dict[str, Any]] = []
-    threads = ["--threads", str(arguments.threads)]
+    both = ["--threads", str(arguments.threads), "--device", arguments.device]
+    here = ["--cuda-graphs"] if arguments.cuda_graphs else []
+    if arguments.tokens_per_micro_batch is not None:
+        here += ["--tokens-per-micro-batch", str(arguments.tokens_per_micro_batch)]
     _, script, peer_given = CASES[cases[0]]
     grpo = script == "trl_grpo.py"
     work = ["--prompts", str(arguments.episodes // 4)] if grpo else ["--rollouts", str(arguments.episodes)]
@@ -83,10 +99,12 @@ def measure(cases: list[str], arguments: argparse.Namespace) -> list[dict[str, A
             if "--model" not in given:
                 given = ["--model", str(arguments.smollm2), *given]
             counted = ["--iterations", str(arguments.iterations), "--episodes", str(arguments.episodes)]
-            ours[case].append(run([sys.executable, str(HERE / "iteration.py"), *given, *counted, *threads], arguments))
+            ours[case].append(
+                run([sys.executable, str(HERE / "iteration.py"), *given, *counted, *here, *both], arguments)
+            )
         steps = ["--steps", str(arguments.iterations + 1)]
         peer = [str(arguments.peer), str(HERE / "peers" / script), *peer_given]
-        theirs.append(run([*peer, *work, *steps, *threads], arguments))
+        theirs.append(run([*peer, *work, *steps, *both], arguments))
     return [compared(case, ours[case], theirs) for case in cases]
 
 
@@ -102,7 +120,7 @@ def compared(case: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]
         "peer_seconds": peer_seconds,
         "our_seconds": our_seconds,
         "ratio": round(peer_seconds / our_seconds, 2),
-        "peer_memory_mb": max(each["peak_rss_mb"] for each in theirs),
+        "peer_memory_mb": max(each["peak_memory_mb"] for each in theirs),
         "our_memory_mb": max(each["memory_mb"] for each in ours),
         "ours": ours,
         "theirs": theirs,

@@ -16,7 +16,7 @@ from mrlm_cli.engines.cached.cache import SlotCache, Write
 from mrlm_cli.kernels import native, slots
 from mrlm_cli.kernels.attention import Heads, rotate_
 from mrlm_cli.kernels.between import add_rms_norm, swiglu
-from mrlm_cli.kernels.llama import WRITTEN_OUT, Trunk, plain_linear
+from mrlm_cli.kernels.llama import WRITTEN_OUT, Trunk, causal, plain_linear
 from mrlm_cli.kernels.low_rank import Matrix
 from mrlm_cli.kernels.products import FrozenLinear
 
@@ -159,9 +159,7 @@ class LlamaForward:
         keys, values = cache.update(key, value, number)  # [B, kv_heads, width, d]
         # Written out, the rows of a step read each key once, whatever the number of queries that share it.
         if queries > (WRITTEN_OUT if mask.device.type == "cpu" else 1):
-            attended = torch.nn.functional.scaled_dot_product_attention(
-                query, keys, values, attn_mask=mask, scale=self._trunk.scaling, enable_gqa=True
-            )
+            attended = causal(query, keys, values, mask, self._trunk.scaling)
         else:
             shared = query.reshape(rows, kv_heads, -1, query.shape[-1])  # [B, kv_heads, g x Q, d]
             scores = (shared @ keys.transpose(2, 3)).mul_(self._trunk.scaling)

@@ -3,8 +3,8 @@
 
    B rows of T places, of which N distinct prefixes are stored once; heads queries and kv_heads keys and values of d
    numbers; the heads / kv_heads queries of one key head lie together. An item is a row and a key head. Its keys and
-   values are laid out once; then each block of QUERIES queries sees all that lies before it. Queries of a beginning
-   that an earlier row has too are left to that row. */
+   values are laid out once; then each block of QUERIES queries sees all up to itself. Of rows that begin alike one owns
+   the beginning, and does its queries. */
 #include "common.h"
 
 #define QUERIES 24
@@ -20,19 +20,24 @@
 
 INLINE integer up_to(integer count, integer unit) { return (count + unit - 1) / unit * unit; }
 
-/* TALL rows and `parts` vectors of: out[r][c] (+)= sum over i of left[r * down + i * across] * right[i][c]. */
+/* TALL rows and `parts` vectors of: out[r][c] (+)= sum over i of left[r * down + i * across] * right[i][c]. What is added
+   to is added to last: sums of sums err less than one long sum. */
 INLINE void tile(float *out, integer out_stride, const float *left, integer down, integer across, const float *right,
                  integer right_stride, integer inner, int add, const int parts) {
     vector sums[TALL][WIDE];
     for (int row = 0; row < TALL; row++)
         for (int part = 0; part < parts; part++)
-            sums[row][part] = add ? ((const vector *)(out + row * out_stride))[part] : (vector){0};
+            sums[row][part] = (vector){0};
     for (integer i = 0; i < inner; i++)
         for (int row = 0; row < TALL; row++)
             for (int part = 0; part < parts; part++)
                 sums[row][part] += left[row * down + i * across] * ((const vector *)(right + i * right_stride))[part];
     for (int row = 0; row < TALL; row++)
-        for (int part = 0; part < parts; part++) ((vector *)(out + row * out_stride))[part] = sums[row][part];
+        for (int part = 0; part < parts; part++) {
+            vector *place = (vector *)(out + row * out_stride) + part;
+            if (add) sums[row][part] += *place;
+            *place = sums[row][part];
+        }
 }
 
 /* The whole product; `rows` is a multiple of TALL, `columns` of LANES. */
@@ -67,37 +72,46 @@ typedef struct {
     float scaling;
 } attention;
 
-/* A thread's memory: heads of `wide` numbers and `tall` places, rounded up. What lies across has rows `stride` apart:
-   no power of two, at which a cache evicts its own. */
+/* A thread's memory: heads of `wide` numbers and `tall` places, rounded up. What lies across has rows `stride` apart, an
+   odd number of vectors: at a power of two a cache evicts its own. */
 typedef struct {
     integer wide, tall, stride;
-    float *keys_across, *values_across;       /* [wide, stride] */
-    float *keys, *values, *of_keys, *of_values; /* [tall, wide] */
-    float *queries, *given, *found;           /* [QUERIES, wide] */
-    float *chances, *slopes;                  /* [QUERIES, stride] */
+    integer along, across, block, scores;                        /* sizes of the four kinds of array */
+    float *keys, *values;                                        /* [tall, wide] */
+    float *keys_across;                                          /* [wide, stride] */
+    float *queries, *found;                                      /* [QUERIES, wide] */
+    float *chances;                                              /* [QUERIES, stride] */
+    float *of_keys, *of_values, *values_across, *given, *slopes; /* backward: as what they are of */
 } room;
 
 static room measured(integer longest, integer width) {
     room r = {0};
     r.wide = up_to(width, LANES), r.tall = up_to(longest, LANES);
-    r.stride = r.tall + LANES;
+    r.stride = (r.tall / LANES | 1) * LANES;
+    r.along = r.tall * r.wide, r.across = r.wide * r.stride, r.block = QUERIES * r.wide, r.scores = QUERIES * r.stride;
     return r;
 }
 
 /* How many numbers a thread needs. */
-integer attention_scratch(integer longest, integer width) {
+integer attention_scratch(integer longest, integer width, int backward) {
     const room r = measured(longest, width);
-    return 2 * r.wide * r.stride + 4 * r.tall * r.wide + 3 * QUERIES * r.wide + 2 * QUERIES * r.stride;
+    return (2 * r.along + r.across + r.block + r.scores) * (backward ? 2 : 1) + r.block;
 }
 
-static room furnished(float *scratch, integer longest, integer width) {
+static room furnished(float *scratch, integer longest, integer width, int backward) {
     room r = measured(longest, width);
-    float **across[] = {&r.keys_across, &r.values_across}, **scores[] = {&r.chances, &r.slopes};
-    float **along[] = {&r.keys, &r.values, &r.of_keys, &r.of_values}, **blocks[] = {&r.queries, &r.given, &r.found};
-    for (int i = 0; i < 2; i++) *across[i] = scratch, scratch += r.wide * r.stride;
-    for (int i = 0; i < 4; i++) *along[i] = scratch, scratch += r.tall * r.wide;
-    for (int i = 0; i < 3; i++) *blocks[i] = scratch, scratch += QUERIES * r.wide;
-    for (int i = 0; i < 2; i++) *scores[i] = scratch, scratch += QUERIES * r.stride;
+    r.keys = scratch, scratch += r.along;
+    r.values = scratch, scratch += r.along;
+    r.keys_across = scratch, scratch += r.across;
+    r.queries = scratch, scratch += r.block;
+    r.found = scratch, scratch += r.block;
+    r.chances = scratch, scratch += r.scores;
+    if (!backward) return r;
+    r.of_keys = scratch, scratch += r.along;
+    r.of_values = scratch, scratch += r.along;
+    r.values_across = scratch, scratch += r.across;
+    r.given = scratch, scratch += r.block;
+    r.slopes = scratch;
     return r;
 }
 
@@ -146,8 +160,8 @@ OUTLINE void fetch(const attention *a, integer node, integer head, float factor,
         fetch_widths(a, node, head, factor, out, 0);
 }
 
-OUTLINE void laid_across(const float *along, float *across, const room *r) {
-    for (integer place = 0; place < r->tall; place += LANES)
+OUTLINE void laid_across(const float *along, float *across, const room *r, integer seen) {
+    for (integer place = 0; place < seen; place += LANES)
         for (integer i = 0; i < r->wide; i++)
             for (integer lane = 0; lane < LANES; lane++)
                 across[i * r->stride + place + lane] = along[(place + lane) * r->wide + i];
@@ -156,14 +170,15 @@ OUTLINE void laid_across(const float *along, float *across, const room *r) {
 /* A row's keys and values; zero behind its end and behind a head's numbers. */
 INLINE void lay_out_row(const attention *a, const room *r, const integer *node, integer seen, integer head,
                         const int backward, const int narrow) {
-    memset(r->keys, 0, (size_t)(r->tall * r->wide * 4));
-    memset(r->values, 0, (size_t)(r->tall * r->wide * 4));
+    const size_t size = (size_t)(up_to(seen, LANES) * r->wide * 4);
+    memset(r->keys, 0, size);
+    memset(r->values, 0, size);
     for (integer place = 0; place < seen; place++) {
         fetch(a, node[place], a->heads + head, 1.0f, r->keys + place * r->wide, narrow);
         fetch(a, node[place], a->heads + a->kv_heads + head, 1.0f, r->values + place * r->wide, narrow);
     }
-    laid_across(r->keys, r->keys_across, r);
-    if (backward) laid_across(r->values, r->values_across, r);
+    laid_across(r->keys, r->keys_across, r, seen);
+    if (backward) laid_across(r->values, r->values_across, r, seen);
 }
 
 INLINE float largest(vector x) {
@@ -254,11 +269,12 @@ INLINE void attend_item(const attention *a, const room *r, integer item, const i
     const integer start = row * a->longest, *node = a->node + start;
     integer seen = a->longest; /* padding has prefix 0, which ends at a row's first place */
     while (seen > 1 && node[seen - 1] == 0) seen--;
-    integer own = seen; /* places from here on are this row's, those before an earlier row's */
+    integer own = seen; /* places from here on this row owns */
     while (own > 0 && a->owner[node[own - 1]] == start + own - 1) own--;
     if (backward) {
-        memset(r->of_keys, 0, (size_t)(r->tall * r->wide * 4));
-        memset(r->of_values, 0, (size_t)(r->tall * r->wide * 4));
+        const size_t size = (size_t)(up_to(seen, LANES) * r->wide * 4);
+        memset(r->of_keys, 0, size);
+        memset(r->of_values, 0, size);
     }
     if (own < seen) lay_out_row(a, r, node, seen, head, backward, narrow);
     for (integer one = head * group; one < (head + 1) * group; one++)
@@ -274,7 +290,8 @@ INLINE void attend_item(const attention *a, const room *r, integer item, const i
 
 /* Rows differ in length: a thread takes the next item when it has done one. */
 INLINE void attend_items(const attention *a, int thread, const int backward, const int narrow) {
-    const room r = furnished(a->scratch + thread * attention_scratch(a->longest, a->width), a->longest, a->width);
+    const room r = furnished(a->scratch + thread * attention_scratch(a->longest, a->width, backward), a->longest,
+                             a->width, backward);
     integer item;
     while ((item = __atomic_fetch_add(a->next, 1, __ATOMIC_RELAXED)) < a->rows * a->kv_heads)
         attend_item(a, &r, item, backward, narrow);
@@ -301,8 +318,7 @@ void attend(const void *projected, const float *cos, const float *sin, const int
 
 typedef struct {
     const float *shares, *cos, *sin;
-    const integer *owner;
-    const integer *holders, *starts; /* the places of prefix n, and padding: holders[starts[n] .. starts[n + 1]] */
+    const integer *holders, *starts; /* the places of prefix n, of 0 also padding: holders[starts[n] .. starts[n + 1]] */
     void *out;                       /* c [N, (heads + 2 kv_heads) d], whose keys and values are written */
     integer longest, heads, kv_heads, width;
 } gathering;
@@ -311,13 +327,12 @@ typedef struct {
 INLINE void gather_nodes(const gathering *a, integer begin, integer end, const int narrow) {
     const integer half = a->width / 2, both = 2 * a->kv_heads;
     for (integer node = begin; node < end; node++) {
-        const integer column = a->owner[node] % a->longest;
         for (integer head = 0; head < both; head++) {
             float sum[WIDEST_HEAD];
             for (integer i = 0; i < a->width; i++) sum[i] = 0;
             for (integer holder = a->starts[node]; holder < a->starts[node + 1]; holder++) {
                 const integer place = a->holders[holder];
-                if (place % a->longest != column) continue; /* padding */
+                if (node == 0 && place % a->longest != 0) continue; /* padding */
                 const float *share = a->shares + (place * both + head) * a->width;
 #pragma omp simd
                 for (integer i = 0; i < a->width; i++) sum[i] += share[i];
@@ -346,6 +361,6 @@ void attend_backward(const void *projected, const float *cos, const float *sin, 
     attention a = {projected, cos, sin, node, owner, gradient, out, shares, scratch, &next,
                    rows, longest, heads, kv_heads, width, scaling};
     deal(narrow ? backward_narrow : backward_wide, &a, threads, threads);
-    gathering b = {shares, cos, sin, owner, holders, starts, out, longest, heads, kv_heads, width};
+    gathering b = {shares, cos, sin, holders, starts, out, longest, heads, kv_heads, width};
     deal(narrow ? gather_narrow : gather_wide, &b, nodes, threads);
 }

@@ -16,7 +16,7 @@ typedef int64_t integer;
 /* Sizes that callers must know too; deal.c exports them. */
 #define WIDEST_HEAD 256 /* numbers of an attention head that there is room for */
 #define LANES 16        /* of which attention takes so many at once */
-#define TOGETHER 3      /* queries that share the reading of a key there */
+#define TOGETHER 3      /* queries that share the reading of a key in a decoding step */
 #define COLUMNS 32      /* outputs of a matrix in a panel */
 
 /* Compilers cut it into what the processor has. */

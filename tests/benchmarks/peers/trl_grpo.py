@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Side-by-side baseline: TRL GRPOTrainer (transformers generate), CPU.
+"""Side-by-side baseline: TRL GRPOTrainer (transformers generate), on a CPU or a GPU.
 Splits wall time into generate / logprob (no-grad old+ref passes) / update (rest of training_step + optimizer).
   python trl_grpo.py --model smol --prompts 8 --gens 4 --prompt-len 32 --new 64 --steps 3"""
 import argparse, json, time, statistics, sys, os, warnings
@@ -13,9 +13,10 @@ p.add_argument("--iterations",type=int,default=1,help="num_iterations (mu): opti
 p.add_argument("--bf16",type=int,default=1,help="TRL default on CPU is 1"); p.add_argument("--gc",type=int,default=1,help="gradient checkpointing, TRL default 1")
 p.add_argument("--fixed-len",type=int,default=1,help="suppress EOS so that every completion has --new tokens")
 p.add_argument("--threads",type=int,default=2); p.add_argument("--seed",type=int,default=0); p.add_argument("--onednn",type=int,default=0)
+p.add_argument("--device",choices=["cpu","cuda"],default="cpu")
 a=p.parse_args()
 import torch
-from common import make_model, rss_peak_mb
+from common import make_model, peak_memory_mb, wait
 from data import prompts_for
 torch.set_num_threads(a.threads)
 if a.onednn: torch.backends.mkldnn.matmul.fp32_precision="bf16"
@@ -33,7 +34,7 @@ B=a.prompts*a.gens
 gk={"min_new_tokens":a.new} if a.fixed_len else None
 args=GRPOConfig(output_dir=__import__("tempfile").mkdtemp(),per_device_train_batch_size=a.micro,gradient_accumulation_steps=B//a.micro,num_generations=a.gens,
   max_completion_length=a.new,max_steps=a.steps*a.iterations,num_iterations=a.iterations,beta=a.beta,temperature=1.0,learning_rate=1e-6,logging_steps=1,report_to=[],
-  save_strategy="no",use_cpu=True,bf16=bool(a.bf16),gradient_checkpointing=bool(a.gc),generation_kwargs=gk,seed=a.seed,disable_tqdm=True,shuffle_dataset=False,dataloader_num_workers=0)
+  save_strategy="no",use_cpu=a.device=="cpu",bf16=bool(a.bf16),gradient_checkpointing=bool(a.gc),generation_kwargs=gk,seed=a.seed,disable_tqdm=True,shuffle_dataset=False,dataloader_num_workers=0)
 ref_kwargs={}
 tr=GRPOTrainer(model=model,reward_funcs=reward,args=args,train_dataset=ds,processing_class=tok)
 acc={"generate":0.,"logprob":0.,"comp":0}
@@ -41,14 +42,14 @@ def wrap(obj,name,key,cond=lambda:True):
     f=getattr(obj,name)
     def g(*x,**k):
         if not cond(): return f(*x,**k)
-        t=time.perf_counter(); r=f(*x,**k); acc[key]+=time.perf_counter()-t; return r
+        wait(); t=time.perf_counter(); r=f(*x,**k); wait(); acc[key]+=time.perf_counter()-t; return r
     setattr(obj,name,g)
 wrap(tr,"_generate_single_turn","generate")
 wrap(tr,"_get_per_token_logps_and_entropies","logprob",lambda: not torch.is_grad_enabled())
 marks=[]
 from transformers import TrainerCallback
 class CB(TrainerCallback):
-    def on_step_end(self,*x,**k): marks.append((time.perf_counter(),acc["generate"],acc["logprob"]))
+    def on_step_end(self,*x,**k): wait(); marks.append((time.perf_counter(),acc["generate"],acc["logprob"]))
 tr.add_callback(CB())
 t_start=time.perf_counter(); tr.train()
 pts=[(t_start,0,0)]+marks[a.iterations-1::a.iterations]
@@ -57,4 +58,4 @@ rows2=rows[1:] if len(rows)>1 else rows   # first step = warm-up
 m=[statistics.median(r[i] for r in rows2) for i in range(3)]
 tokens=B*a.new
 print(json.dumps(dict(bench="trl_grpo",trl=trl.__version__,cfg=vars(a),steps=len(rows2),step_s=round(m[0],3),generate_s=round(m[1],3),logprob_s=round(m[2],3),update_s=round(m[0]-m[1]-m[2],3),
-  sampled_tok=tokens,tok_per_s=round(tokens/m[0],1),gen_tok_per_s=round(tokens/m[1],1),first_step_s=round(rows[0][0],2),cold_to_first_step_s=round(marks[0][0]-T0,2),peak_rss_mb=round(rss_peak_mb()),mean_len=tr.state.log_history[0].get("completions/mean_length"))))
+  sampled_tok=tokens,tok_per_s=round(tokens/m[0],1),gen_tok_per_s=round(tokens/m[1],1),first_step_s=round(rows[0][0],2),cold_to_first_step_s=round(marks[0][0]-T0,2),peak_memory_mb=round(peak_memory_mb()),mean_len=tr.state.log_history[0].get("completions/mean_length"))))

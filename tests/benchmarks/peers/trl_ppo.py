@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Side-by-side baseline: TRL PPOTrainer, CPU. PPO left TRL after 1.12 (PR #7020), so this runs on TRL 1.12.0 (trl.experimental.ppo),
+"""Side-by-side baseline: TRL PPOTrainer, on a CPU or a GPU. PPO left TRL after 1.12 (PR #7020), so this runs on TRL 1.12.0 (trl.experimental.ppo),
 installed apart:  pip install --no-deps --target trl112 trl==1.12.0   (TRL112 in the environment names the folder)
 It needs FOUR models (policy, reference, value, reward); reward here is a free programmatic stand-in unless --reward same.
   python trl_ppo.py --model smol --rollouts 32 --epochs 4 --minibatches 1 --steps 2"""
@@ -15,10 +15,11 @@ p.add_argument("--epochs",type=int,default=4); p.add_argument("--minibatches",ty
 p.add_argument("--rollout-batch",type=int,default=32,help="local_rollout_forward_batch_size (TRL default 64)")
 p.add_argument("--reward",choices=["rule","same"],default="rule"); p.add_argument("--bf16",type=int,default=1); p.add_argument("--gc",type=int,default=1)
 p.add_argument("--threads",type=int,default=2); p.add_argument("--seed",type=int,default=0); p.add_argument("--onednn",type=int,default=0)
+p.add_argument("--device",choices=["cpu","cuda"],default="cpu")
 a=p.parse_args()
 import torch, torch.nn as nn
 from types import SimpleNamespace
-from common import make_model, rss_peak_mb
+from common import make_model, peak_memory_mb, wait
 from data import prompts_for
 torch.set_num_threads(a.threads)
 if a.onednn: torch.backends.mkldnn.matmul.fp32_precision="bf16"
@@ -44,7 +45,7 @@ class Rule(nn.Module):
 value=Critic(make_model(a.model)); reward=Critic(make_model(a.model)) if a.reward=="same" else Rule()
 args=PPOConfig(output_dir=__import__("tempfile").mkdtemp(),per_device_train_batch_size=a.micro,gradient_accumulation_steps=a.rollouts//a.micro//a.minibatches,num_mini_batches=a.minibatches,
   num_ppo_epochs=a.epochs,total_episodes=a.rollouts*a.steps,response_length=a.new,local_rollout_forward_batch_size=a.rollout_batch,temperature=1.0,learning_rate=1e-6,num_sample_generations=0,
-  logging_steps=1,report_to=[],save_strategy="no",use_cpu=True,bf16=bool(a.bf16),gradient_checkpointing=bool(a.gc),seed=a.seed,kl_coef=0.05,disable_tqdm=True)
+  logging_steps=1,report_to=[],save_strategy="no",use_cpu=a.device=="cpu",bf16=bool(a.bf16),gradient_checkpointing=bool(a.gc),seed=a.seed,kl_coef=0.05,disable_tqdm=True)
 from transformers import DataCollatorWithPadding
 tr=PPOTrainer(args=args,processing_class=tok,model=policy,ref_model=ref,reward_model=reward,value_model=value,train_dataset=ds)
 acc={"generate":0.,"logprob":0.}; depth=[0]
@@ -52,13 +53,13 @@ def wrapf(name,key,cond=lambda:True):
     f=getattr(M,name)
     def g(*x,**k):
         if not cond(): return f(*x,**k)
-        t=time.perf_counter(); r=f(*x,**k); acc[key]+=time.perf_counter()-t; return r
+        wait(); t=time.perf_counter(); r=f(*x,**k); wait(); acc[key]+=time.perf_counter()-t; return r
     setattr(M,name,g)
 wrapf("batch_generation","generate"); wrapf("forward","logprob",lambda: not torch.is_grad_enabled()); wrapf("get_reward","logprob",lambda: not torch.is_grad_enabled())
 marks=[]
 from transformers import TrainerCallback
 class CB(TrainerCallback):
-    def on_step_end(self,*x,**k): marks.append((time.perf_counter(),acc["generate"],acc["logprob"]))
+    def on_step_end(self,*x,**k): wait(); marks.append((time.perf_counter(),acc["generate"],acc["logprob"]))
 tr.add_callback(CB())
 B=args.batch_size; assert B==a.rollouts,(B,args.batch_size,args.local_batch_size)
 t0=time.perf_counter(); tr.train()
@@ -68,4 +69,4 @@ rows2=rows[1:] if len(rows)>1 else rows
 m=[statistics.median(r[i] for r in rows2) for i in range(3)]
 tokens=B*a.new
 print(json.dumps(dict(bench="trl_ppo",trl=trl.__version__,cfg=vars(a),steps=len(rows2),step_s=round(m[0],3),generate_s=round(m[1],3),logprob_s=round(m[2],3),update_s=round(m[0]-m[1]-m[2],3),
-  sampled_tok=tokens,tok_per_s=round(tokens/m[0],1),gen_tok_per_s=round(tokens/m[1],1),first_step_s=round(rows[0][0],2),cold_to_first_step_s=round(marks[0][0]-T0,2),peak_rss_mb=round(rss_peak_mb()))))
+  sampled_tok=tokens,tok_per_s=round(tokens/m[0],1),gen_tok_per_s=round(tokens/m[1],1),first_step_s=round(rows[0][0],2),cold_to_first_step_s=round(marks[0][0]-T0,2),peak_memory_mb=round(peak_memory_mb()))))
