@@ -170,6 +170,19 @@ def test_the_number_of_threads_changes_no_bit_of_attention():
     assert all(torch.equal(one, other) for found in outcomes for one, other in zip(found, outcomes[0], strict=True))
 
 
+@pytest.mark.parametrize("kind", [Attention, FusedAttention])
+@pytest.mark.parametrize("packed", [rows_alike, rows_apart])
+def test_attention_takes_a_gradient_in_any_layout(kind, packed):
+    projected, cos, sin, packing, heads, weight = attention_given(packed(9), Heads(4, 2), 8, torch.float32)
+    found = []
+    for given in (weight, weight.t().contiguous().t()):
+        mine = projected.clone().requires_grad_()
+        kind.apply(mine, cos, sin, packing, heads, 0.5).backward(given)
+        found.append(mine.grad)
+    assert not weight.t().contiguous().t().is_contiguous()
+    assert torch.equal(*found)
+
+
 def test_a_row_alone_has_the_bits_that_it_has_in_company():
     packing, heads, width = rows_alike(60), Heads(4, 2), 32
     projected, cos, sin, *_, weight = given = attention_given(packing, heads, width, torch.float32)

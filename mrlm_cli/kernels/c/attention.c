@@ -125,21 +125,14 @@ INLINE void store(void *out, const float *x, integer count, const int narrow) {
     for (integer i = 0; i < count; i++) put(out, i, x[i], narrow);
 }
 
-/* Halves (a, b) -> (a cos - b sin, b cos + a sin), `turn` -1 is the inverse, times `factor`; in place. */
-INLINE void rotate(float *x, const float *cos, const float *sin, float turn, float factor, const integer half) {
-#pragma omp simd
-    for (integer i = 0; i < half; i++) {
-        const float a = x[i], b = x[half + i], c = cos[i] * factor, s = sin[i] * turn * factor;
-        x[i] = a * c - b * s;
-        x[half + i] = b * c + a * s;
-    }
-}
-
 INLINE void fetch_numbers(const attention *a, integer node, integer head, float factor, float *out,
                           const integer width, const int narrow) {
     const integer half = width / 2, every = a->heads + 2 * a->kv_heads;
-    widen(from(a->projected, (node * every + head) * width, narrow), out, width, narrow);
-    if (head < a->heads + a->kv_heads) rotate(out, a->cos + node * half, a->sin + node * half, 1.0f, factor, half);
+    const void *x = from(a->projected, (node * every + head) * width, narrow);
+    if (head < a->heads + a->kv_heads)
+        rotated(x, a->cos + node * half, a->sin + node * half, 1.0f, factor, out, half, narrow);
+    else
+        widen(x, out, width, narrow);
 }
 
 INLINE void fetch_widths(const attention *a, integer node, integer head, float factor, float *out, const int narrow) {
@@ -259,8 +252,9 @@ INLINE void attend_block(const attention *a, const room *r, const integer *node,
     multiplied(r->of_values, wide, r->chances, 1, stride, r->given, wide, visible, count, wide, 1);
     for (integer i = 0; i < count; i++) {
         const integer mine = node[first + i], every = a->heads + 2 * a->kv_heads;
-        rotate(r->found + i * wide, a->cos + mine * half, a->sin + mine * half, -1.0f, a->scaling, half);
-        store(to(a->out, (mine * every + head) * width, narrow), r->found + i * wide, width, narrow);
+        float *found = r->found + i * wide;
+        rotated(found, a->cos + mine * half, a->sin + mine * half, -1.0f, a->scaling, found, half, 0);
+        store(to(a->out, (mine * every + head) * width, narrow), found, width, narrow);
     }
 }
 
@@ -337,7 +331,8 @@ INLINE void gather_nodes(const gathering *a, integer begin, integer end, const i
 #pragma omp simd
                 for (integer i = 0; i < a->width; i++) sum[i] += share[i];
             }
-            if (head < a->kv_heads) rotate(sum, a->cos + node * half, a->sin + node * half, -1.0f, 1.0f, half);
+            if (head < a->kv_heads)
+                rotated(sum, a->cos + node * half, a->sin + node * half, -1.0f, 1.0f, sum, half, 0);
             store(to(a->out, (node * (a->heads + both) + a->heads + head) * a->width, narrow), sum, a->width, narrow);
         }
     }

@@ -89,6 +89,18 @@ INLINE float exponential(float x) {
 
 INLINE float sigmoid(float x) { return x < -88.0f ? 0.0f : 1.0f / (1.0f + exponential(-x)); }
 
+/* Halves (a, b) of 2 `half` numbers of type c -> (a cos - b sin, b cos + a sin) times `factor`, in float32; `turn` -1 is
+   the inverse. `out` may be x itself. */
+INLINE void rotated(const void *x, const float *cos, const float *sin, float turn, float factor, float *out,
+                    const integer half, const int narrow) {
+#pragma omp simd
+    for (integer i = 0; i < half; i++) {
+        const float a = get(x, i, narrow), b = get(x, half + i, narrow), c = cos[i] * factor, s = sin[i] * turn * factor;
+        out[i] = a * c - b * s;
+        out[half + i] = b * c + a * s;
+    }
+}
+
 /* Does items begin..end of a piece of work; `thread` counts from 0. */
 typedef void (*work)(const void *arguments, integer begin, integer end, int thread);
 

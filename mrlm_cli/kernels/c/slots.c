@@ -58,17 +58,6 @@ static void soften(float *scores, integer seen) {
     for (integer t = 0; t < seen; t++) scores[t] *= inverse;
 }
 
-INLINE void rotated_head(const void *x, const float *cos, const float *sin, float factor, float *out,
-                         const integer width, const int narrow) {
-    const integer half = width / 2;
-#pragma omp simd
-    for (integer i = 0; i < half; i++) {
-        float a = get(x, i, narrow), b = get(x, half + i, narrow), c = cos[i] * factor, s = sin[i] * factor;
-        out[i] = a * c - b * s;
-        out[half + i] = b * c + a * s;
-    }
-}
-
 /* `count` queries of one key head. */
 INLINE void attend(const float *query, const float *keys, const float *values, const float *next, float *scores,
                    float *out, integer stride, integer seen, const integer width, const int count) {
@@ -87,8 +76,8 @@ INLINE void step_heads(const step *a, integer begin, integer end, int thread, co
         const float *next = item + 1 < end ? keys + a->capacity * width : keys;
         const float *cos = a->cos + row * (width / 2), *sin = a->sin + row * (width / 2);
         const void *projected = from(a->projected, row * every * width, narrow);
-        rotated_head(from(projected, (a->heads + head) * width, narrow), cos, sin, 1.0f, keys + position * width,
-                     width, narrow);
+        rotated(from(projected, (a->heads + head) * width, narrow), cos, sin, 1.0f, 1.0f, keys + position * width,
+                width / 2, narrow);
         const void *value = from(projected, (a->heads + a->kv_heads + head) * width, narrow);
 #pragma omp simd
         for (integer i = 0; i < width; i++) values[position * width + i] = get(value, i, narrow);
@@ -96,8 +85,8 @@ INLINE void step_heads(const step *a, integer begin, integer end, int thread, co
             const int count = group - first < TOGETHER ? (int)(group - first) : TOGETHER;
             float query[TOGETHER * WIDEST_HEAD], out[TOGETHER * WIDEST_HEAD];
             for (int i = 0; i < count; i++)
-                rotated_head(from(projected, (head * group + first + i) * width, narrow), cos, sin, a->scaling,
-                             query + i * width, width, narrow);
+                rotated(from(projected, (head * group + first + i) * width, narrow), cos, sin, 1.0f, a->scaling,
+                        query + i * width, width / 2, narrow);
             const float *then = first + TOGETHER < group ? keys : next;
             if (count == 1)
                 attend(query, keys, values, then, scores, out, a->capacity, position + 1, width, 1);
