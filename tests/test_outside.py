@@ -13,7 +13,8 @@ import yaml
 
 from mrlm_cli import api, registry
 from mrlm_cli.cli.app import main
-from mrlm_cli.envs import sentiment
+from mrlm_cli.envs import code as code_environment
+from mrlm_cli.envs import code_files, sentiment
 from mrlm_cli.errors import MissingExtra
 from mrlm_cli.policy import gguf, lora
 from mrlm_cli.recipe import compose, extras
@@ -246,7 +247,7 @@ def test_an_extra_that_is_needed_and_not_installed_is_told_by_the_setting_that_n
     for module in [*extras.MODULES[extra], *sys.modules]:
         if module.partition(".")[0] in extras.MODULES[extra]:
             monkeypatch.setitem(sys.modules, module, None)
-    for kept in (sentiment._scorer, text_rewards._vader):
+    for kept in (sentiment._scorer, text_rewards._vader, code_environment._split, code_files.read):
         kept.cache_clear()
     code, lines = validated(capsys, text)
     assert (code, lines[0]) == (0, "r.yaml: a valid recipe")
