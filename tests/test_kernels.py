@@ -11,6 +11,7 @@ from mrlm_cli.kernels.functions import Linear, NormLinear, SwiGLULinear, gather,
 from mrlm_cli.kernels.llama import Rotate, Trunk
 from mrlm_cli.kernels.low_rank import Matrix
 from mrlm_cli.kernels.packing import pack
+from mrlm_cli.kernels.parameters import factor
 from mrlm_cli.kernels.products import FrozenLinear
 from mrlm_cli.policy.trunk import checkpoint_activations
 from tests.test_policy_families import VOCABULARY, tiny
@@ -211,10 +212,19 @@ def test_finite_differences(bias):
     def drawn(*shape):
         return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
 
-    given = (drawn(5, 6), drawn(6), drawn(4, 6), drawn(4) if bias else None, 1e-5)
-    assert torch.autograd.gradcheck(NormLinear.apply, given)
-    assert torch.autograd.gradcheck(Linear.apply, (drawn(5, 6), drawn(4, 6)))
-    assert torch.autograd.gradcheck(SwiGLULinear.apply, (drawn(5, 8), drawn(3, 4)))
+    def check(function, *given, parts):
+        """With a factor of these parts."""
+
+        def called(*given):
+            weight = factor(torch.float64, *given[-len(parts) :])
+            return function.apply(*given[: -len(parts)], *extra, weight, *weight.parts)
+
+        extra = (1e-5,) if function is NormLinear else ()
+        assert torch.autograd.gradcheck(called, (*given, *parts))
+
+    check(NormLinear, drawn(5, 6), drawn(6), drawn(4) if bias else None, parts=(drawn(3, 6), drawn(1, 6)))
+    check(Linear, drawn(5, 6), parts=(drawn(4, 6),))
+    check(SwiGLULinear, drawn(5, 8), parts=(drawn(3, 4),))
     angles = torch.randn(5, 2, dtype=torch.float64, generator=generator)
     assert torch.autograd.gradcheck(lambda x: Rotate.apply(x, angles.cos(), angles.sin()), (drawn(5, 3, 4),))
 
@@ -225,7 +235,7 @@ def test_large_products_agree_with_the_plain_ones():
     x = torch.randn(128, 256, generator=generator, requires_grad=True)
     weight = torch.randn(192, 256, generator=generator, requires_grad=True)
     given = torch.randn(128, 192, generator=generator)
-    Linear.apply(x, weight).backward(given)
+    Linear.apply(x, factor(weight.dtype, weight), weight).backward(given)
     double = x.detach().double(), weight.detach().double(), given.double()
     torch.testing.assert_close(x.grad, (double[2] @ double[1]).float(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(weight.grad, (double[2].t() @ double[0]).float(), rtol=1e-5, atol=1e-4)

@@ -8,7 +8,7 @@ import torch
 from mrlm_cli.engines.sampler import sample
 from mrlm_cli.envs.host import NoJournal
 from mrlm_cli.errors import UserError
-from mrlm_cli.kernels import attention, between, build, native, slots
+from mrlm_cli.kernels import attention, between, build, native, products, slots
 from mrlm_cli.kernels.attention import Attention, FusedAttention, Heads, library_for
 from mrlm_cli.kernels.logprobs import chunked_logprobs
 from mrlm_cli.kernels.low_rank import Matrix
@@ -355,6 +355,92 @@ def test_products_of_few_rows(dtype, outputs, inputs, bias, threads):
         x = numbers(rows, inputs, seed=rows, dtype=dtype)
         exact = x.double() @ weight.double().t() + (offsets[0].double() if bias else 0)
         near(frozen(x), exact, dtype)
+
+
+# N, O, I: fewer than a block, a panel, whole ones, several and a rest, and more than is laid out at a time.
+SHAPES = [(1, 1, 2), (7, 31, 14), (8, 32, 64), (37, 258, 50), (130, 70, 34), (9, 1100, 40)]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_a_layer(dtype, rows, outputs, inputs, bias, threads):
+    x, weight = numbers(rows, inputs, dtype=dtype), numbers(outputs, inputs, seed=1, dtype=dtype)
+    given = numbers(rows, outputs, seed=2, dtype=dtype)
+    offset = numbers(outputs, seed=3, dtype=dtype) if bias else None
+    exact = x.double() @ weight.double().t() + (0 if offset is None else offset.double())
+    near(products.linear(x, weight, offset), exact, dtype)
+    near(products.input_gradient(given, weight), given.double() @ weight.double(), dtype)
+    exact = given.double().t() @ x.double()
+    if not native.on(x).can_multiply(native.narrow(x)):
+        near(products.weight_gradient(given, x), exact, dtype)
+        assert not products.add_weight_gradient(torch.zeros(outputs, inputs), given, x)
+        return
+    near(products.weight_gradient(given, x), exact, torch.float32)
+    total = numbers(outputs, inputs, seed=4)
+    expected = total.double() + exact
+    assert products.add_weight_gradient(total, given, x)
+    near(total, expected, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_products_take_rows_that_lie_apart(dtype):
+    given, x = numbers(20, 90, dtype=dtype), numbers(20, 100, seed=1, dtype=dtype)
+    weight = numbers(40, 100, seed=2, dtype=dtype)
+    piece, part, columns = given[:, 30:70], x[:, 10:50], weight[:, 20:60]
+    for found, one, other in (
+        (products.linear(part, columns), part.double(), columns.double().t()),
+        (products.input_gradient(piece, columns), piece.double(), columns.double()),
+        (products.weight_gradient(piece, part), piece.double().t(), part.double()),
+    ):
+        near(found, one @ other, found.dtype)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", TYPES)
+def test_neither_threads_nor_company_change_a_bit_of_a_product(dtype):
+    x, weight, given = (numbers(*shape, dtype=dtype) for shape in ((300, 200), (150, 200), (300, 150)))
+    library = native.on(x)
+    if not library.can_multiply(native.narrow(x)):
+        pytest.skip("this processor has no products of this type")
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(
+            (products.linear(x, weight), products.input_gradient(given, weight), products.weight_gradient(given, x))
+        )
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    for row in (0, 5, 299):
+        assert torch.equal(products.linear(x[row : row + 1], weight)[0], found[0][0][row])
+        assert torch.equal(products.input_gradient(given[row : row + 1], weight)[0], found[0][1][row])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_what_is_not_finite_stays_in_its_row(dtype):
+    x, weight = numbers(20, 30, dtype=dtype), numbers(40, 30, seed=1, dtype=dtype)
+    x[3, 4], x[9, 2] = torch.nan, torch.inf
+    found = products.linear(x, weight)
+    expected = x.double() @ weight.double().t()
+    torch.testing.assert_close(found.isnan(), expected.isnan())
+    assert found[3].isnan().all()
+    assert found[9].isinf().all()
+    assert found[[row for row in range(20) if row not in (3, 9)]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_half_a_pair_of_inputs_is_left_to_torch(dtype):
+    x, weight = numbers(20, 33, dtype=dtype), numbers(40, 33, seed=1, dtype=dtype)
+    near(products.linear(x, weight), x.double() @ weight.double().t(), dtype)
+    given = numbers(20, 41, seed=2, dtype=dtype)
+    near(
+        products.input_gradient(given, numbers(41, 30, seed=3, dtype=dtype)),
+        given.double() @ numbers(41, 30, seed=3, dtype=dtype).double(),
+        dtype,
+    )
+    exact = given[:19].double().t() @ x[:19].double()  # there the pairs are of rows: the last one is filled up
+    found = products.weight_gradient(given[:19], x[:19])
+    near(found, exact, found.dtype)
 
 
 @pytest.mark.usefixtures("threads")

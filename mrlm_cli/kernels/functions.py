@@ -15,76 +15,82 @@ from torch.autograd.function import once_differentiable
 
 from mrlm_cli.kernels.between import rms_norm, rms_norm_backward, swiglu, swiglu_backward
 from mrlm_cli.kernels.packing import Packing
-from mrlm_cli.kernels.products import input_gradient, linear, weight_gradient
+from mrlm_cli.kernels.parameters import Factor
+from mrlm_cli.kernels.products import input_gradient, linear
 
 
 class Linear(torch.autograd.Function):
-    """x [N,I] in c, weight [O,I] in c -> [N,O] in c."""
+    """x [N,I] in c times a factor [O,I] in c, whose parts follow it -> [N,O] in c."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return linear(x, weight)
+    def forward(ctx: Any, x: Tensor, factor: Factor, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, factor.whole)
+        ctx.factor = factor
+        return linear(x, factor.whole)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous()
-        return input_gradient(gradient, weight), weight_gradient(gradient, x) if ctx.needs_input_grad[1] else None
+        of_x = input_gradient(gradient, weight) if ctx.needs_input_grad[0] else None
+        return of_x, None, *ctx.factor.gradients(gradient, x, ctx.needs_input_grad[2:])
 
 
 class NormLinear(torch.autograd.Function):
-    """x [N,H] of the residual stream -> (y weightᵀ + bias [N,O], y [N,H]) for y = rmsnorm(x) · gain, both in c."""
+    """x [N,H] of the residual stream -> (y factorᵀ + bias [N,O], y [N,H]) for y = rmsnorm(x) · gain, both in c.
+
+    The factor [O,H] is in c, and its parts follow it.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gain: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+        ctx: Any, x: Tensor, gain: Tensor, bias: Tensor | None, eps: float, factor: Factor, *parts: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        weight = factor.whole
         normed, scale = rms_norm(x, gain, eps, weight.dtype)
         ctx.save_for_backward(x, gain, weight, scale)  # y is cheaper to make again than to keep
+        ctx.factor = factor
         return linear(normed, weight, bias), normed
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, gradient: Tensor | None, besides: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor | None, besides: Tensor | None) -> tuple[Tensor | None, ...]:
         x, gain, weight, scale = ctx.saved_tensors
         gradient = weight.new_zeros(len(x), len(weight)) if gradient is None else gradient.contiguous()
+        needed = ctx.needs_input_grad[5:]
         of_x, of_gain, normed = rms_norm_backward(
-            input_gradient(gradient, weight), besides, x, gain, scale, again=ctx.needs_input_grad[2]
+            input_gradient(gradient, weight), besides, x, gain, scale, again=any(needed)
         )
-        return (
-            of_x,
-            of_gain,
-            None if normed is None else weight_gradient(gradient, normed),
-            gradient.sum(0) if ctx.needs_input_grad[3] else None,
-            None,
-        )
+        of_bias = gradient.sum(0) if ctx.needs_input_grad[2] else None
+        found = [None] * len(needed) if normed is None else ctx.factor.gradients(gradient, normed, needed)
+        return of_x, of_gain, of_bias, None, None, *found
 
 
 class SwiGLULinear(torch.autograd.Function):
-    """gate and up side by side [N,2I], weight [O,I], both in c -> (y weightᵀ [N,O], y [N,I]) for y = silu(gate) · up.
+    """gate and up side by side [N,2I] in c, a factor [O,I] in c and its parts -> (y factorᵀ [N,O], y [N,I]).
 
-    Kept for the backward pass: gate and up alone.
+    y = silu(gate) · up. Kept for the backward pass: gate and up alone.
     """
 
     @staticmethod
-    def forward(ctx: Any, both: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, both: Tensor, factor: Factor, *parts: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(both, weight)
+        ctx.save_for_backward(both, factor.whole)
+        ctx.factor = factor
         gated = swiglu(both)
-        return linear(gated, weight), gated
+        return linear(gated, factor.whole), gated
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None, besides: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor | None, besides: Tensor | None) -> tuple[Tensor | None, ...]:
         both, weight = ctx.saved_tensors
         gradient = weight.new_zeros(len(both), len(weight)) if gradient is None else gradient.contiguous()
-        of_both, gated = swiglu_backward(input_gradient(gradient, weight), besides, both, again=ctx.needs_input_grad[1])
-        return of_both, None if gated is None else weight_gradient(gradient, gated)
+        needed = ctx.needs_input_grad[2:]
+        of_both, gated = swiglu_backward(input_gradient(gradient, weight), besides, both, again=any(needed))
+        found = [None] * len(needed) if gated is None else ctx.factor.gradients(gradient, gated, needed)
+        return of_both, None, *found
 
 
 class Spread(torch.autograd.Function):

@@ -17,7 +17,7 @@ from mrlm_cli.kernels.attention import Attention, FusedAttention, Heads, library
 from mrlm_cli.kernels.functions import Linear, NormLinear, Spread, SwiGLULinear
 from mrlm_cli.kernels.low_rank import Matrix, adapted, matrix
 from mrlm_cli.kernels.packing import Packing
-from mrlm_cli.kernels.parameters import embedded, fused
+from mrlm_cli.kernels.parameters import embedded, factor, fused
 
 # Without the kernels in C, rows up to this long have their attention scores written out on a CPU; longer ones take
 # torch's fused attention.
@@ -128,15 +128,16 @@ class Trunk:
         projected = self.norm_heads(projected, layer)
         x = x + _product(self._attend(projected, angles, packing), layer.out, dtype)
         both = self._after_norm(x, layer.mlp_norm, layer.gate_up, None, dtype)
-        product, gated = SwiGLULinear.apply(both, fused(dtype, layer.down.weight))
+        down = factor(dtype, layer.down.weight)
+        product, gated = SwiGLULinear.apply(both, down, *down.parts)
         return x + adapted(product, gated, (layer.down,))
 
     def _after_norm(
         self, x: Tensor, gain: Tensor, matrices: tuple[Matrix, ...], bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         """x [N,H], normalised, times all `matrices` [N,ΣO_i]."""
-        weight = fused(dtype, *(each.weight for each in matrices))
-        product, normed = NormLinear.apply(x, gain, weight, bias, self.eps)
+        weights = factor(dtype, *(each.weight for each in matrices))
+        product, normed = NormLinear.apply(x, gain, bias, self.eps, weights, *weights.parts)
         return adapted(product, normed, matrices)
 
     def _attend(self, projected: Tensor, angles: tuple[Tensor, Tensor], packing: Packing) -> Tensor:
@@ -179,9 +180,10 @@ def hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _product(x: Tensor, factor: Matrix, dtype: torch.dtype) -> Tensor:
+def _product(x: Tensor, matrix: Matrix, dtype: torch.dtype) -> Tensor:
     """x [N,I] in `dtype` times a matrix and its adapter [N,O]."""
-    return adapted(Linear.apply(x, fused(dtype, factor.weight)), x, (factor,))
+    weight = factor(dtype, matrix.weight)
+    return adapted(Linear.apply(x, weight, *weight.parts), x, (matrix,))
 
 
 class Rotate(torch.autograd.Function):

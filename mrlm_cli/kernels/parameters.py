@@ -2,12 +2,13 @@
 
 Autograd makes each parameter's gradient anew in every backward pass and then adds it to `.grad`; for matrices that
 multiply in bfloat16 that means a copy of each in float32, and for an embedding a table of zeros. Where the caller asks
-for it (`steady(adds=True)`), gradients are added to `.grad` where they arise, and autograd gets none.
+for it (`steady(adds=True)`), gradients are added to `.grad` where they arise, by the product itself if it can, and
+autograd gets none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mrlm_cli.kernels.products import joined
+from mrlm_cli.kernels.products import add_weight_gradient, joined, weight_gradient
 
 # Rows of a matrix that are converted at a time, so that no copy of a whole head lies beside its gradient.
 _ROWS = 2048
@@ -25,7 +26,7 @@ _ROWS = 2048
 @dataclass(slots=True)
 class _Steady:
     adds: bool
-    # What `fused` made, with its parts: parts that live cannot lend their id to others.
+    # What `_made` made, with its parts: parts that live cannot lend their id to others.
     made: dict[tuple[Any, ...], tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
 
 
@@ -35,7 +36,7 @@ _now: _Steady | None = None
 
 @contextmanager
 def steady(*, adds: bool = False) -> Iterator[None]:
-    """Inside, the caller changes no parameter: `fused` makes each matrix once instead of for every micro-batch.
+    """Inside, the caller changes no parameter: each matrix is converted once instead of for every micro-batch.
 
     What is made is let go at the end. With `adds`, backward passes of what was computed inside add to the parameters'
     `.grad` themselves where that is cheaper; then `torch.autograd.grad` sees no gradient and hooks on gradients do not
@@ -49,14 +50,56 @@ def steady(*, adds: bool = False) -> Iterator[None]:
         _now = before
 
 
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """Matrices [O_i, I] of one width on top of one another, in the type in which they multiply."""
+
+    whole: Tensor  # [ΣO_i, I], outside of autograd
+    parts: tuple[Tensor, ...]
+    adds: bool
+
+    def gradients(self, of_y: Tensor, x: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+        """of_y [N,ΣO_i], x [N,I], in the type of `whole`, of y = x wholeᵀ -> for autograd those parts' that are needed.
+
+        None for the others, and for those that were added to `.grad`.
+        """
+        found: list[Tensor | None] = []
+        pieces = of_y.split([len(part) for part in self.parts], dim=1)
+        for piece, part, wanted in zip(pieces, self.parts, needed, strict=True):
+            if not wanted:
+                found.append(None)
+            elif not (self.adds and part.is_leaf):
+                found.append(weight_gradient(piece, x).to(part.dtype))
+            else:
+                if part.grad is None:
+                    part.grad = weight_gradient(piece, x).to(part.dtype)
+                elif not add_weight_gradient(part.grad, piece, x):
+                    _add(part, weight_gradient(piece, x))
+                found.append(None)
+        return found
+
+
+def factor(dtype: torch.dtype, *parts: Tensor) -> Factor:
+    """What products with these matrices [O_i, I] of one width multiply by."""
+    whole, adds = _made(dtype, parts)
+    return Factor(whole, parts, adds)
+
+
 def fused(dtype: torch.dtype, *parts: Tensor) -> Tensor:
-    """Matrices [O_i, I] of one width -> one matrix [ΣO_i, I] in another type; gradients go back in their own types."""
+    """Biases [O_i] -> one bias [ΣO_i] in another type; gradients go back in their own types."""
+    whole, adds = _made(dtype, parts)
+    return _Fuse.apply(whole, adds, *parts)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+
+
+def _made(dtype: torch.dtype, parts: tuple[Tensor, ...]) -> tuple[Tensor, bool]:
+    """`parts` on top of one another in `dtype`, and whether their gradients may be added where they arise."""
+    state = _now or _Steady(adds=False)
     if len(parts) == 1 and parts[0].dtype == dtype:
-        return parts[0]
-    key, state = (dtype, *map(id, parts)), _now or _Steady(adds=False)
+        return parts[0].detach(), state.adds
+    key = (dtype, *map(id, parts))
     if key not in state.made:
         state.made[key] = joined(None, parts, dtype), parts
-    return _Fuse.apply(state.made[key][0], state.adds, *parts)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+    return state.made[key][0], state.adds
 
 
 def embedded(tokens: Tensor, weight: Tensor) -> Tensor:

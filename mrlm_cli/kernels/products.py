@@ -1,8 +1,9 @@
-"""Matrix products of linear layers, each by the fastest library at hand for its type; all true to that type.
+"""Matrix products of linear layers, each by the fastest way at hand for its type; all true to that type.
 
-On CPUs oneDNN multiplies float32 faster than torch's default library; the sums are float32 either way. Few rows times
-a matrix that stays are faster still by a kernel in C, where the processor has 512-bit vectors (and no tiles, if in
-bfloat16).
+On a CPU with 512-bit vectors (and without tiles, if in bfloat16) that is a kernel in C, whose sums are in one order
+whatever the number of rows or threads, and which adds gradients of weights in float32 to what is there. Elsewhere it is
+torch's product, or on CPUs oneDNN's, which multiplies float32 faster than torch's default library; the sums are float32
+either way.
 """
 
 from __future__ import annotations
@@ -24,6 +25,87 @@ _WORTH_LAYING_OUT = 2**16
 _ROWS = 32
 
 
+# Which factor the kernel takes turned (`c/products.c`).
+_SECOND, _NEITHER, _FIRST = range(3)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [N,I], weight [O,I], bias [O], one type -> x weightᵀ + bias [N,O]. Not differentiable."""
+    if (library := _kernel(x, weight, bias)) is not None and x.shape[1] % 2 == 0:
+        out = x.new_empty(len(x), len(weight))
+        _multiply(library, _SECOND, x, weight, bias, out, adds=False)
+        return out
+    if _by_onednn(x, weight.shape[0]):
+        return _onednn_product(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    """gradient [N,O], weight [O,I], one type -> [N,I]."""
+    if (library := _kernel(gradient, weight)) is not None and gradient.shape[1] % 2 == 0:
+        out = gradient.new_empty(len(gradient), weight.shape[1])
+        _multiply(library, _NEITHER, gradient, weight, None, out, adds=False)
+        return out
+    if _by_onednn(gradient, weight.shape[1]):
+        return _onednn_product(gradient, weight.t(), None)
+    return gradient @ weight
+
+
+def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """gradient [N,O], x [N,I], one type -> gradientᵀ x [O,I], in float32 by the kernel, else in that type."""
+    if (library := _kernel(gradient, x)) is not None:
+        out = x.new_empty(gradient.shape[1], x.shape[1], dtype=torch.float32)
+        _multiply(library, _FIRST, gradient, x, None, out, adds=False)
+        return out
+    # oneDNN would have to transpose both factors first, which eats the gain.
+    return gradient.t() @ x
+
+
+def add_weight_gradient(total: Tensor, gradient: Tensor, x: Tensor) -> bool:
+    """Add gradientᵀ x of gradient [N,O] and x [N,I] to `total` [O,I]; False, and nothing done, without the kernel."""
+    library = _kernel(gradient, x)
+    if library is None or total.dtype != torch.float32 or not total.is_contiguous():
+        return False
+    _multiply(library, _FIRST, gradient, x, None, total, adds=True)
+    return True
+
+
+def _kernel(x: Tensor, y: Tensor, bias: Tensor | None = None) -> native.Library | None:
+    library = native.on(x, y, bias)
+    if library is None or x.dtype != y.dtype or not library.can_multiply(native.narrow(x)):
+        return None
+    return library
+
+
+def _multiply(
+    library: native.Library, form: int, x: Tensor, y: Tensor, bias: Tensor | None, out: Tensor, *, adds: bool
+) -> None:
+    x, y = (each if each.stride(1) == 1 else each.contiguous() for each in (x, y))
+    rows, columns = out.shape
+    inner = len(x) if form == _FIRST else x.shape[1]
+    assert inner == (y.shape[1] if form == _SECOND else len(y))
+    threads = native.threads(rows * columns)
+    scratch = out.new_empty(library.product_scratch(inner, form, native.narrow(x), threads), dtype=torch.float32)
+    native.run(
+        library.product,
+        x.data_ptr(),  # rows may lie apart
+        y.data_ptr(),
+        bias,
+        out,
+        scratch,
+        rows,
+        inner,
+        columns,
+        x.stride(0),
+        y.stride(0),
+        columns,
+        form,
+        adds,
+        like=x,
+        threads=threads,
+    )
+
+
 def _by_onednn(x: Tensor, rows: int) -> bool:
     return (
         _ONEDNN is not None
@@ -31,25 +113,6 @@ def _by_onednn(x: Tensor, rows: int) -> bool:
         and x.device.type == "cpu"
         and x.shape[0] * x.shape[1] * rows >= _SMALLEST
     )
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [N,I], weight [O,I], bias [O] -> x weightᵀ + bias [N,O]. Not differentiable where oneDNN is used."""
-    if _by_onednn(x, weight.shape[0]):
-        return _onednn_product(x, weight, bias)
-    return torch.nn.functional.linear(x, weight, bias)
-
-
-def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """gradient [N,O], weight [O,I] -> [N,I]."""
-    if _by_onednn(gradient, weight.shape[1]):
-        return _onednn_product(gradient, weight.t(), None)
-    return gradient @ weight
-
-
-def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    """gradient [N,O], x [N,I] -> [O,I]. Here both factors would have to be transposed first, which eats the gain."""
-    return gradient.t() @ x
 
 
 class FrozenLinear:

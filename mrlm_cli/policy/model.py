@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mrlm_cli.kernels.functions import Linear
 from mrlm_cli.kernels.llama import plain_linear
 from mrlm_cli.kernels.logprobs import chunked_logprobs
-from mrlm_cli.kernels.parameters import fused, steady
+from mrlm_cli.kernels.parameters import factor, steady
 from mrlm_cli.policy.lora import Base
 from mrlm_cli.policy.trunk import States, run_trunk, scale_gradient
 from mrlm_cli.policy.value import Critic, ValueHead
@@ -121,7 +121,8 @@ class Policy(nn.Module):
         if plain_linear(embeddings) and embeddings.bias is None:
             narrow = torch.is_autocast_enabled(hidden.device.type)
             dtype = torch.bfloat16 if narrow else embeddings.weight.dtype
-            logits = Linear.apply(hidden.to(dtype), fused(dtype, embeddings.weight))
+            weight = factor(dtype, embeddings.weight)
+            logits = Linear.apply(hidden.to(dtype), weight, *weight.parts)
         else:
             logits = embeddings(hidden)
         config = self.lm.config
