@@ -210,8 +210,8 @@ def _check_head(policy: Policy) -> None:
     tokens = (torch.arange(8) % policy.vocabulary)[None]
     with torch.no_grad():
         try:
-            expected = policy.lm(input_ids=tokens, use_cache=False).logits
-            made = policy.head(policy.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+            expected = policy.lm(input_ids=tokens, use_cache=False).logits[0]
+            made = policy.head(policy.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0])
             same = torch.allclose(made, expected, rtol=1e-4, atol=1e-4)
         except (AttributeError, TypeError, ValueError, RuntimeError):
             same = False
