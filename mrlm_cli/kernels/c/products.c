@@ -149,10 +149,10 @@ INLINE void stored(void *place, __mmask16 there, __m512 numbers, const int narro
 /* `rows` rows, at most ROWS, times a panel whose first column is `first`; what is `next`, if anything, is fetched
    meanwhile. */
 INLINE void block(const factor *a, const unit *panel, const unit *next, integer units, const result *made, integer first,
-                  const int rows, const int narrow) {
+                  const int rows, const int vectors, const int narrow) {
     __m512 sums[ROWS][VECTORS];
     __mmask16 there[VECTORS];
-    for (int part = 0; part < VECTORS; part++) {
+    for (int part = 0; part < vectors; part++) {
         const integer left = made->columns - first - 16 * part;
         there[part] = left >= 16 ? 0xffff : left > 0 ? (__mmask16)((1 << left) - 1) : 0;
         const __m512 start =
@@ -166,7 +166,7 @@ INLINE void block(const factor *a, const unit *panel, const unit *next, integer 
             int32_t bits;
             memcpy(&bits, a->x + row * a->across + k * a->along, 4);
             const __m512i mine = _mm512_set1_epi32(bits);
-            for (int part = 0; part < VECTORS; part++) {
+            for (int part = 0; part < vectors; part++) {
                 const __m512i theirs = _mm512_loadu_si512(panel + 16 * part);
                 __m512 *sum = &sums[row][part];
 #if NARROW_PRODUCTS
@@ -181,25 +181,25 @@ INLINE void block(const factor *a, const unit *panel, const unit *next, integer 
     }
     const int thin = narrow && !made->wide;
     for (int row = 0; row < rows; row++)
-        for (int part = 0; part < VECTORS; part++) {
+        for (int part = 0; part < vectors; part++) {
             void *place = to(made->out, row * made->stride + first + 16 * part, thin);
             if (made->adds) sums[row][part] = _mm512_add_ps(sums[row][part], loaded(place, there[part], 0));
             stored(place, there[part], sums[row][part], thin);
         }
 }
 
+/* Fewer rows than ROWS, or columns than COLUMNS, by loops of their own. */
 INLINE void some_rows(const factor *a, const unit *panel, const unit *next, integer units, const result *made,
                       integer first, integer rows, const int narrow) {
-    switch (rows) {
-    case 1: block(a, panel, next, units, made, first, 1, narrow); break;
-    case 2: block(a, panel, next, units, made, first, 2, narrow); break;
-    case 3: block(a, panel, next, units, made, first, 3, narrow); break;
-    case 4: block(a, panel, next, units, made, first, 4, narrow); break;
-    case 5: block(a, panel, next, units, made, first, 5, narrow); break;
-    case 6: block(a, panel, next, units, made, first, 6, narrow); break;
-    case 7: block(a, panel, next, units, made, first, 7, narrow); break;
-    default: block(a, panel, next, units, made, first, ROWS, narrow);
-    }
+#define CASE(rows)                                                                         \
+    case rows:                                                                             \
+        if (made->columns - first > 16)                                                    \
+            block(a, panel, next, units, made, first, rows, VECTORS, narrow);              \
+        else                                                                               \
+            block(a, panel, next, units, made, first, rows, 1, narrow);                    \
+        break;
+    switch (rows < ROWS ? rows : ROWS) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(ROWS) }
+#undef CASE
 }
 
 /* --- a matrix that stays ------------------------------------------------------------------------------------------ */
@@ -320,11 +320,8 @@ static void block_narrow(const void *a, integer begin, integer end, int thread) 
 }
 
 static void do_product(product_of a, int narrow, int threads) {
-    const integer panels = (a.columns + COLUMNS - 1) / COLUMNS;
-    /* Enough pieces that no thread waits long for another, each with enough rows to make up for its panel. */
-    const integer wanted = (4 * threads + panels - 1) / panels, most = (a.rows + 63) / 64;
-    a.parts = wanted < most ? wanted : most;
-    deal(narrow ? product_narrow : product_wide, &a, panels * a.parts, threads);
+    a.parts = (a.rows + 63) / 64; /* a thread takes those of one panel in a row, so that they cost nothing */
+    deal(narrow ? product_narrow : product_wide, &a, (a.columns + COLUMNS - 1) / COLUMNS * a.parts, threads);
 }
 #endif
 
