@@ -13,7 +13,7 @@ from mrlm_cli.kernels.low_rank import Matrix
 from mrlm_cli.kernels.packing import pack
 from mrlm_cli.kernels.parameters import factor
 from mrlm_cli.kernels.products import FrozenLinear
-from mrlm_cli.policy.trunk import checkpoint_activations
+from mrlm_cli.policy.trunk import checkpoint_activations, run_trunk
 from tests.test_policy_families import VOCABULARY, tiny
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -165,6 +165,23 @@ def test_a_row_knows_nothing_of_its_neighbours(written_out, monkeypatch):
         torch.testing.assert_close(alone.logprobs[0], together.logprobs[row, :width], rtol=0, atol=1e-6)
         torch.testing.assert_close(alone.final_values[0], together.final_values[row], rtol=0, atol=1e-6)
     torch.testing.assert_close(shuffled.logprobs, together.logprobs[order], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_states_are_there_where_they_are_wanted_and_nowhere_else(checkpointing):
+    tokens, lengths, wanted = batch()
+    made = policy("llama")
+    if checkpointing:
+        checkpoint_activations(made.lm)
+    trunk = made.lm.base_model
+    real = torch.arange(LONGEST) < lengths[:, None]
+    every = run_trunk(trunk, tokens, lengths, "float32", real)
+    some = run_trunk(trunk, tokens, lengths, "float32", wanted)
+    assert len(some.hidden) < len(every.hidden)
+    torch.testing.assert_close(some.at(*wanted.nonzero().T), every.at(*wanted.nonzero().T), rtol=1e-5, atol=1e-6)
+    row, column = (real & ~wanted & ~torch.isin(some.node, some.node[wanted])).nonzero()[0]
+    with pytest.raises(IndexError):
+        some.at(row[None], column[None])
 
 
 def test_packing_is_the_prefix_tree():

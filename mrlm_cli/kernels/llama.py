@@ -76,20 +76,22 @@ class Trunk:
         layers = [_layer(layer) for layer in model.layers]
         return None if None in layers else Trunk(model, [layer for layer in layers if layer is not None])
 
-    def __call__(self, packing: Packing, dtype: torch.dtype | None, checkpointing: bool) -> Tensor:
+    def __call__(
+        self, packing: Packing, dtype: torch.dtype | None, checkpointing: bool, nodes: Tensor | None = None
+    ) -> Tensor:
         """Hidden states after the last norm [N,H], in the embeddings' type; weight products are in `dtype`, if given.
 
+        With `nodes` int64 [M], distinct, those of them alone [M,H]: of the others the last layer makes keys and values.
         With `checkpointing` a layer's activations are made again in the backward pass.
         """
         x = self._embed(packing.tokens)
         angles = self.angles(x, packing.positions)
         for layer in self.layers:
+            given = layer, x, angles, packing, dtype, nodes if layer is self.layers[-1] else None
             if checkpointing:
-                x = checkpoint(
-                    self._forward, layer, x, angles, packing, dtype, use_reentrant=False, preserve_rng_state=False
-                )
+                x = checkpoint(self._forward, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self._forward(layer, x, angles, packing, dtype)
+                x = self._forward(*given)
         return self.last_norm(x)
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -120,13 +122,22 @@ class Trunk:
         return torch.cat(normed, dim=1).flatten(1)
 
     def _forward(
-        self, layer: Layer, x: Tensor, angles: tuple[Tensor, Tensor], packing: Packing, dtype: torch.dtype | None
+        self,
+        layer: Layer,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        packing: Packing,
+        dtype: torch.dtype | None,
+        nodes: Tensor | None,
     ) -> Tensor:
         dtype = dtype or x.dtype
         bias = fused(dtype, *layer.qkv_bias) if layer.qkv_bias else None
         projected = self._after_norm(x, layer.input_norm, layer.qkv, bias, dtype)
         projected = self.norm_heads(projected, layer)
-        x = x + _product(self._attend(projected, angles, packing), layer.out, dtype)
+        attended = self._attend(projected, angles, packing)
+        if nodes is not None:
+            x, attended = x.index_select(0, nodes), attended.index_select(0, nodes)
+        x = x + _product(attended, layer.out, dtype)
         both = self._after_norm(x, layer.mlp_norm, layer.gate_up, None, dtype)
         down = factor(dtype, layer.down.weight)
         product, gated = SwiGLULinear.apply(both, down, *down.parts)

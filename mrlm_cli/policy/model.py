@@ -69,12 +69,16 @@ class Policy(nn.Module):
         row, column = score.nonzero(as_tuple=True)
         every, last = torch.arange(len(tokens), device=tokens.device), lengths - 1
         shared = values and isinstance(self.value, ValueHead)
+        wanted = torch.zeros_like(score)
+        wanted[row, column - 1] = True
+        if values and self.value is not None:
+            wanted[every, last] = True
         out_logprobs = out_entropy = torch.zeros(tokens.shape, device=tokens.device)
         out_values = final_values = None
         states: States | None = None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not value_only):
             if logprobs or shared:
-                states = run_trunk(self.lm.base_model, tokens, lengths, self.precision)
+                states = run_trunk(self.lm.base_model, tokens, lengths, self.precision, wanted)
             if logprobs:
                 assert states is not None
                 with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -90,7 +94,7 @@ class Policy(nn.Module):
                 out_entropy = _scatter(entropies, row, column, tokens)
         if values and self.value is not None:
             if isinstance(self.value, Critic):
-                states, head = self.value.states(tokens, lengths, self.precision), self.value.head
+                states, head = self.value.states(tokens, lengths, self.precision, wanted), self.value.head
             else:
                 assert states is not None
                 states = States(scale_gradient(states.hidden, self.trunk_gradient), states.node)

@@ -17,17 +17,18 @@ class States:
     """Hidden states of B rows, stored once for each distinct prefix."""
 
     hidden: Tensor  # [N,H]
-    node: Tensor  # int64 [B,T]: which of them belongs to each place
+    node: Tensor  # int64 [B,T]: which of them belongs to each place; N, an error, where none was asked for
 
     def at(self, row: Tensor, column: Tensor) -> Tensor:
         """row, column int64 [n] -> the states after reading tokens[row, : column + 1], [n,H]."""
         return self.hidden[self.node[row, column]]
 
 
-def run_trunk(trunk: nn.Module, tokens: Tensor, lengths: Tensor, precision: str) -> States:
-    """tokens [B,T] right-padded, lengths [B] -> the states after the last norm.
+def run_trunk(trunk: nn.Module, tokens: Tensor, lengths: Tensor, precision: str, wanted: Tensor) -> States:
+    """tokens [B,T] right-padded, lengths [B] -> the states after the last norm, at places that are `wanted` bool [B,T].
 
-    Models of Llama shape run packed: no padding, and beginnings that rows share once. The others run as transformers
+    Models of Llama shape run packed: no padding, beginnings that rows share once, and what is not wanted goes no
+    further than to the keys and values of the last layer. The others run as transformers
     has them: attention is causal, so real tokens never see padding, no mask is passed, and positions are 0..T-1.
     """
     checkpointing = torch.is_grad_enabled() and any(
@@ -37,7 +38,14 @@ def run_trunk(trunk: nn.Module, tokens: Tensor, lengths: Tensor, precision: str)
     bf16 = precision == "bfloat16"
     if packed is not None:
         packing = pack(tokens, lengths)
-        return States(packed(packing, torch.bfloat16 if bf16 else None, checkpointing), packing.node)
+        dtype = torch.bfloat16 if bf16 else None
+        nodes = packing.node[wanted[:, : packing.rows[1]]].unique()
+        if len(nodes) in (0, len(packing.owner)):
+            return States(packed(packing, dtype, checkpointing), packing.node)
+        places = torch.full_like(packing.owner, len(nodes)).index_copy_(
+            0, nodes, torch.arange(len(nodes), device=nodes.device)
+        )
+        return States(packed(packing, dtype, checkpointing, nodes), places[packing.node])
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
         hidden = _as_transformers(trunk, tokens, checkpointing)
     return States(hidden.flatten(0, 1), torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape))

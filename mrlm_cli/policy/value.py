@@ -51,6 +51,6 @@ class Critic(nn.Module):
         self.trunk = trunk
         self.head = head
 
-    def states(self, tokens: Tensor, lengths: Tensor, precision: str) -> States:
-        """tokens [B,T], lengths [B] -> hidden states of the critic's own trunk."""
-        return run_trunk(self.trunk, tokens, lengths, precision)
+    def states(self, tokens: Tensor, lengths: Tensor, precision: str, wanted: Tensor) -> States:
+        """tokens [B,T], lengths [B], wanted bool [B,T] -> hidden states of the critic's own trunk."""
+        return run_trunk(self.trunk, tokens, lengths, precision, wanted)

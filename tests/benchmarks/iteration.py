@@ -147,17 +147,22 @@ def useful_operations(policy: Policy, episodes: int, per_task: int) -> float:
     """Floating-point operations of forward and backward over an iteration's episodes, once each.
 
     6 per weight of a product and token, 12·(attention's width) per layer and pair of a token and one that it sees; the
-    head runs where a token was sampled.
+    head runs where a token was sampled, and what follows the last layer's attention there and at the end.
     """
     prefixes = episodes // per_task * PROMPT + episodes * NEW
+    # Of a prompt its last token is read, of a reply all but, without values, the last.
+    read = episodes // per_task + episodes * (NEW if policy.value is not None else NEW - 1)
     own = PROMPT + NEW
     pairs = episodes // per_task * PROMPT * (PROMPT + 1) / 2 + episodes * (own * (own + 1) - PROMPT * (PROMPT + 1)) / 2
 
     def of(trunk: Any) -> float:
         matrices = [part for part in trunk.modules() if isinstance(part, torch.nn.Linear)]
         width = trunk.config.num_attention_heads * trunk.layers[0].self_attn.head_dim
+        mlp = trunk.layers[-1].mlp
+        behind = [trunk.layers[-1].self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
         return float(
             6 * prefixes * sum(each.weight.numel() for each in matrices)
+            - 6 * (prefixes - read) * sum(each.weight.numel() for each in behind)
             + 12 * width * pairs * trunk.config.num_hidden_layers
         )
 
