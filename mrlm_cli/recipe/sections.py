@@ -202,8 +202,8 @@ class Hardware(Strict):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of torch; by default the CPUs this process may use. Other thread counts give other bits."""
     native: bool | None = None
-    """Kernels in C between the matrix products on a CPU, compiled once for its processor; by default where there is a C
-    compiler. Other bits with than without."""
+    """Kernels in C on a CPU, compiled once for its processor; by default where there is a C compiler. Other bits with
+    than without."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of matrix products; master weights, norms, rotary, softmax and the optimizer stay in float32."""
     gradient_checkpointing: bool = False
