@@ -25,7 +25,7 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Factor, *parts: Tensor) -> Tensor:
         ctx.save_for_backward(x, factor.whole)
-        ctx.factor = factor
+        ctx.shares = factor.shares
         return linear(x, factor.whole)
 
     @staticmethod
@@ -34,7 +34,7 @@ class Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous()
         of_x = input_gradient(gradient, weight) if ctx.needs_input_grad[0] else None
-        return of_x, None, *ctx.factor.gradients(gradient, x, ctx.needs_input_grad[2:])
+        return of_x, None, *ctx.shares.gradients(gradient, x, ctx.needs_input_grad[2:])
 
 
 class NormLinear(torch.autograd.Function):
@@ -51,7 +51,7 @@ class NormLinear(torch.autograd.Function):
         weight = factor.whole
         normed, scale = rms_norm(x, gain, eps, weight.dtype)
         ctx.save_for_backward(x, gain, weight, scale)  # y is cheaper to make again than to keep
-        ctx.factor = factor
+        ctx.shares = factor.shares
         return linear(normed, weight, bias), normed
 
     @staticmethod
@@ -64,7 +64,7 @@ class NormLinear(torch.autograd.Function):
             input_gradient(gradient, weight), besides, x, gain, scale, again=any(needed)
         )
         of_bias = gradient.sum(0) if ctx.needs_input_grad[2] else None
-        found = [None] * len(needed) if normed is None else ctx.factor.gradients(gradient, normed, needed)
+        found = [None] * len(needed) if normed is None else ctx.shares.gradients(gradient, normed, needed)
         return of_x, of_gain, of_bias, None, None, *found
 
 
@@ -78,7 +78,7 @@ class SwiGLULinear(torch.autograd.Function):
     def forward(ctx: Any, both: Tensor, factor: Factor, *parts: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(both, factor.whole)
-        ctx.factor = factor
+        ctx.shares = factor.shares
         gated = swiglu(both)
         return linear(gated, factor.whole), gated
 
@@ -89,7 +89,7 @@ class SwiGLULinear(torch.autograd.Function):
         gradient = weight.new_zeros(len(both), len(weight)) if gradient is None else gradient.contiguous()
         needed = ctx.needs_input_grad[2:]
         of_both, gated = swiglu_backward(input_gradient(gradient, weight), besides, both, again=any(needed))
-        found = [None] * len(needed) if gated is None else ctx.factor.gradients(gradient, gated, needed)
+        found = [None] * len(needed) if gated is None else ctx.shares.gradients(gradient, gated, needed)
         return of_both, None, *found
 
 

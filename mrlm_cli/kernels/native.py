@@ -126,7 +126,7 @@ def _load() -> Library:
         function.argtypes = [*(_KINDS[letter] for letter in takes), c_int, c_int]
         function.restype = None
     library.can_multiply.argtypes, library.can_multiply.restype = [c_int], c_int
-    library.product_scratch.argtypes, library.product_scratch.restype = [c_int64, c_int64, c_int, c_int], c_int64
+    library.product_scratch.argtypes, library.product_scratch.restype = [*[c_int64] * 3, c_int, c_int], c_int64
     library.attention_scratch.argtypes, library.attention_scratch.restype = [c_int64, c_int64, c_int], c_int64
     runtime = ctypes.CDLL(torch._C.__file__)  # looks through all that torch was linked with
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mrlm_cli.kernels.products import add_weight_gradient, joined, weight_gradient
+from mrlm_cli.kernels.products import add_weight_gradient, adds_gradients, joined, weight_gradient
 
 # Rows of a matrix that are converted at a time, so that no copy of a whole head lies beside its gradient.
 _ROWS = 2048
@@ -39,8 +39,8 @@ def steady(*, adds: bool = False) -> Iterator[None]:
     """Inside, the caller changes no parameter: each matrix is converted once instead of for every micro-batch.
 
     What is made is let go at the end. With `adds`, backward passes of what was computed inside add to the parameters'
-    `.grad` themselves where that is cheaper; then `torch.autograd.grad` sees no gradient and hooks on gradients do not
-    run.
+    `.grad` themselves where that is cheaper; then hooks on them are given None, and `torch.autograd.grad` sees no
+    gradient of them and fills `.grad`.
     """
     global _now
     before, _now = _now, _Steady(adds)
@@ -51,38 +51,54 @@ def steady(*, adds: bool = False) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Factor:
-    """Matrices [O_i, I] of one width on top of one another, in the type in which they multiply."""
+class Shares:
+    """The matrices [O_i, I] that a factor was made of, and whether their gradients may be added where they arise."""
 
-    whole: Tensor  # [ΣO_i, I], outside of autograd
     parts: tuple[Tensor, ...]
     adds: bool
 
     def gradients(self, of_y: Tensor, x: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
-        """of_y [N,ΣO_i], x [N,I], in the type of `whole`, of y = x wholeᵀ -> for autograd those parts' that are needed.
+        """of_y [N,ΣO_i], x [N,I], in the type of the factor, of y = x factorᵀ -> for autograd those that are needed.
 
         None for the others, and for those that were added to `.grad`.
         """
-        found: list[Tensor | None] = []
-        pieces = of_y.split([len(part) for part in self.parts], dim=1)
-        for piece, part, wanted in zip(pieces, self.parts, needed, strict=True):
-            if not wanted:
-                found.append(None)
-            elif not (self.adds and part.is_leaf):
-                found.append(weight_gradient(piece, x).to(part.dtype))
+        found: list[Tensor | None] = [None] * len(self.parts)
+        if not any(needed):
+            return found
+        widths = [len(part) for part in self.parts]
+        # Without the kernel one product is less work than several.
+        made = None if adds_gradients(of_y, x) else weight_gradient(of_y, x).split(widths)
+        for number, (part, piece) in enumerate(zip(self.parts, of_y.split(widths, dim=1), strict=True)):
+            if not needed[number]:
+                continue
+            here = self.adds and part.is_leaf
+            if here and part.grad is not None and made is None and add_weight_gradient(part.grad, piece, x):
+                continue
+            gradient = weight_gradient(piece, x) if made is None else made[number]
+            if here:
+                _add(part, gradient)
             else:
-                if part.grad is None:
-                    part.grad = weight_gradient(piece, x).to(part.dtype)
-                elif not add_weight_gradient(part.grad, piece, x):
-                    _add(part, weight_gradient(piece, x))
-                found.append(None)
+                found[number] = gradient.to(part.dtype)
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """Matrices [O_i, I] of one width on top of one another, in the type in which they multiply."""
+
+    whole: Tensor  # [ΣO_i, I], outside of autograd
+    shares: Shares
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What autograd has to know of."""
+        return self.shares.parts
 
 
 def factor(dtype: torch.dtype, *parts: Tensor) -> Factor:
     """What products with these matrices [O_i, I] of one width multiply by."""
     whole, adds = _made(dtype, parts)
-    return Factor(whole, parts, adds)
+    return Factor(whole, Shares(parts, adds))
 
 
 def fused(dtype: torch.dtype, *parts: Tensor) -> Tensor:
@@ -154,7 +170,8 @@ class _Embed(torch.autograd.Function):
 
 def _add(parameter: Tensor, gradient: Tensor) -> None:
     if parameter.grad is None:
-        parameter.grad = gradient.to(parameter.dtype, copy=True)
+        shared = gradient._base is not None  # a piece of what others have pieces of
+        parameter.grad = gradient.to(parameter.dtype, copy=shared)
         return
     rows = _ROWS if parameter.device.type == "cpu" else len(parameter)  # a GPU converts as it adds
     for mine, new in zip(parameter.grad.split(rows), gradient.split(rows), strict=True):

@@ -31,7 +31,7 @@ _SECOND, _NEITHER, _FIRST = range(3)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [N,I], weight [O,I], bias [O], one type -> x weightᵀ + bias [N,O]. Not differentiable."""
-    if (library := _kernel(x, weight, bias)) is not None and x.shape[1] % 2 == 0:
+    if (library := _kernel(x, weight, bias)) is not None and _in_pairs(x):
         out = x.new_empty(len(x), len(weight))
         _multiply(library, _SECOND, x, weight, bias, out, adds=False)
         return out
@@ -42,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     """gradient [N,O], weight [O,I], one type -> [N,I]."""
-    if (library := _kernel(gradient, weight)) is not None and gradient.shape[1] % 2 == 0:
+    if (library := _kernel(gradient, weight)) is not None and _in_pairs(gradient):
         out = gradient.new_empty(len(gradient), weight.shape[1])
         _multiply(library, _NEITHER, gradient, weight, None, out, adds=False)
         return out
@@ -62,7 +62,10 @@ def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 def add_weight_gradient(total: Tensor, gradient: Tensor, x: Tensor) -> bool:
-    """Add gradientᵀ x of gradient [N,O] and x [N,I] to `total` [O,I]; False, and nothing done, without the kernel."""
+    """Add gradientᵀ x of gradient [N,O] and x [N,I] to `total` [O,I] by the kernel.
+
+    False, and nothing done, without it, or if `total` is not float32 in one piece.
+    """
     library = _kernel(gradient, x)
     if library is None or total.dtype != torch.float32 or not total.is_contiguous():
         return False
@@ -70,27 +73,38 @@ def add_weight_gradient(total: Tensor, gradient: Tensor, x: Tensor) -> bool:
     return True
 
 
+def adds_gradients(gradient: Tensor, x: Tensor) -> bool:
+    """Whether `add_weight_gradient` can do this product."""
+    return _kernel(gradient, x) is not None
+
+
 def _kernel(x: Tensor, y: Tensor, bias: Tensor | None = None) -> native.Library | None:
     library = native.on(x, y, bias)
-    if library is None or x.dtype != y.dtype or not library.can_multiply(native.narrow(x)):
+    if library is None or not library.can_multiply(native.narrow(x)):
         return None
-    return library
+    return library if all(each is None or each.dtype == x.dtype for each in (y, bias)) else None
+
+
+def _in_pairs(x: Tensor) -> bool:
+    """Whether the kernel can read rows of x [N,I] unit by unit (`c/products.c`)."""
+    return x.dtype != torch.bfloat16 or x.shape[1] % 2 == 0
 
 
 def _multiply(
     library: native.Library, form: int, x: Tensor, y: Tensor, bias: Tensor | None, out: Tensor, *, adds: bool
 ) -> None:
     x, y = (each if each.stride(1) == 1 else each.contiguous() for each in (x, y))
-    rows, columns = out.shape
-    inner = len(x) if form == _FIRST else x.shape[1]
-    assert inner == (y.shape[1] if form == _SECOND else len(y))
-    threads = native.threads(rows * columns)
-    scratch = out.new_empty(library.product_scratch(inner, form, native.narrow(x), threads), dtype=torch.float32)
+    (rows, inner), (again, columns) = (x.t() if form == _FIRST else x).shape, (y.t() if form == _SECOND else y).shape
+    assert (again, *out.shape) == (inner, rows, columns)  # pointers know no shapes
+    assert bias is None or len(bias) == columns
+    threads = native.threads(rows * columns * inner >> 5)
+    narrow = native.narrow(x)
+    scratch = out.new_empty(library.product_scratch(rows, inner, form, narrow, threads), dtype=torch.float32)
     native.run(
         library.product,
         x.data_ptr(),  # rows may lie apart
         y.data_ptr(),
-        bias,
+        None if bias is None else bias.contiguous(),
         out,
         scratch,
         rows,
@@ -167,7 +181,7 @@ def _laid_out(weight: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor 
     """weight [O,I] -> the same in the layout of the fastest product of few rows with it, and that product."""
     outputs, inputs = weight.shape
     library = native.on(weight)
-    if library is not None and library.can_multiply(native.narrow(weight)) and inputs % 2 == 0:
+    if library is not None and library.can_multiply(native.narrow(weight)) and _in_pairs(weight):
         weight = weight.contiguous()
         panels = weight.new_empty(-(-outputs // library.columns) * library.columns, inputs)
         native.run(

@@ -1,4 +1,5 @@
-/* Matrix products of linear layers, for processors with 512-bit vectors. Sums are float32, each in the order of its terms.
+/* Matrix products of linear layers, for processors with 512-bit vectors. Sums are float32, each in an order of its own
+   that no number of rows or threads changes; subnormal numbers of bfloat16 count as zeros.
 
    A unit is what a processor's product takes at once of each factor: a number in float32, two that follow one another
    in bfloat16. A panel is COLUMNS columns of the second factor, unit by unit, in the order in which they are read: laid
@@ -8,7 +9,9 @@
 
 #define ROWS 8
 #define VECTORS (COLUMNS / 16)
-#define SLAB 1024 /* columns of the first factor that are laid out at a time, where it has to be */
+#define DEPTH 1024 /* units that are laid out and added up at a time: a panel of them stays in the cache */
+#define SLAB 1024  /* columns of the first factor that are laid out at a time, where it has to be */
+#define GROUP 512  /* rows whose sums over more than DEPTH units are kept meanwhile */
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
@@ -25,12 +28,24 @@
 /* Which of the two factors is given turned. */
 enum { TURNED_SECOND, TURNED_NONE, TURNED_FIRST };
 
-/* Whether there are products of a type. */
+/* Whether there are products of a type; without, the functions below must not be called. */
 int can_multiply(int narrow) { return narrow ? NARROW_PRODUCTS : WIDE_PRODUCTS; }
 
+static integer units_of(integer inner, int narrow) { return narrow ? (inner + 1) / 2 : inner; }
+
+static integer at_most(integer number, integer most) { return number < most ? number : most; }
+
+/* Units of scratch that a thread needs for itself. */
+static integer own_scratch(integer inner, int narrow) {
+    const integer units = units_of(inner, narrow);
+    return COLUMNS * (at_most(units, DEPTH) + (units > DEPTH ? GROUP : 0));
+}
+
 /* Units of scratch that `product` needs. */
-integer product_scratch(integer inner, integer form, int narrow, int threads) {
-    return (narrow ? (inner + 1) / 2 : inner) * (COLUMNS * threads + (form == TURNED_FIRST ? SLAB : 0));
+integer product_scratch(integer rows, integer inner, integer form, int narrow, int threads) {
+    const integer blocked = at_most((rows + COLUMNS - 1) / COLUMNS * COLUMNS, SLAB);
+    return own_scratch(inner, narrow) * threads +
+           (form == TURNED_FIRST ? blocked * at_most(units_of(inner, narrow), DEPTH) : 0);
 }
 
 #if WIDE_PRODUCTS
@@ -82,7 +97,7 @@ static void pack_turned(const char *matrix, integer stride, integer columns, int
 }
 
 /* The panels, each `width` columns wide, of COLUMNS columns of a matrix c [inner, columns], of which `columns` are there;
-   the others are zeros. A panel's end is `next` units from its beginning. */
+   the others are zeros. Narrower panels than COLUMNS lie `next` units apart. */
 static void pack_straight(const char *matrix, integer stride, integer columns, integer inner, unit *panels,
                           const int width, integer next, const int narrow) {
     const integer together = narrow ? 2 : 1, size = narrow ? 2 : 4, bytes = columns * size;
@@ -126,7 +141,9 @@ typedef struct {
     const void *bias; /* c [columns]; NULL: zeros */
     char *out;        /* the first row's place; c, or float32 if `wide` */
     integer stride, columns;
-    int wide, adds; /* to what `out` holds; only if `wide` */
+    int wide, adds;     /* to what `out` holds; only if `wide` */
+    float *sums;        /* [rows, COLUMNS]: sums of the units before and of these; NULL: these are all */
+    int continues, ends; /* there are units before; there are none behind, and `out` is written */
 } result;
 
 /* 16 numbers of type c, of which `there` are there. */
@@ -156,7 +173,7 @@ INLINE void block(const factor *a, const unit *panel, const unit *next, integer 
         const integer left = made->columns - first - 16 * part;
         there[part] = left >= 16 ? 0xffff : left > 0 ? (__mmask16)((1 << left) - 1) : 0;
         const __m512 start =
-            made->bias ? loaded(from(made->bias, first + 16 * part, narrow), there[part], narrow) : _mm512_setzero_ps();
+            made->bias && !made->continues ? loaded(from(made->bias, first + 16 * part, narrow), there[part], narrow) : _mm512_setzero_ps();
         for (int row = 0; row < rows; row++) sums[row][part] = start;
     }
     for (integer k = 0; k < units; k++, panel += COLUMNS) {
@@ -183,6 +200,12 @@ INLINE void block(const factor *a, const unit *panel, const unit *next, integer 
     for (int row = 0; row < rows; row++)
         for (int part = 0; part < vectors; part++) {
             void *place = to(made->out, row * made->stride + first + 16 * part, thin);
+            float *kept = made->sums + row * COLUMNS + 16 * part;
+            if (made->sums && made->continues) sums[row][part] = _mm512_add_ps(sums[row][part], _mm512_loadu_ps(kept));
+            if (made->sums && !made->ends) {
+                _mm512_storeu_ps(kept, sums[row][part]);
+                continue;
+            }
             if (made->adds) sums[row][part] = _mm512_add_ps(sums[row][part], loaded(place, there[part], 0));
             stored(place, there[part], sums[row][part], thin);
         }
@@ -234,9 +257,9 @@ INLINE void multiply_panels(const laid_out_product *a, integer begin, integer en
         const unit *panel = a->panels + number * COLUMNS * units;
         for (integer row = 0; row < a->rows; row += ROWS) {
             const factor x = {from(a->x, row * a->inputs, narrow), units * 4, 4};
-            const result made = {a->bias, to(a->out, row * a->outputs, narrow), a->outputs, a->outputs, 0, 0};
+            const result made = {a->bias, to(a->out, row * a->outputs, narrow), a->outputs, a->outputs, 0, 0, 0, 0, 1};
             /* Once is enough. */
-            const unit *next = row == 0 ? panel + COLUMNS * units : 0;
+            const unit *next = row == 0 && (number + 1) * COLUMNS < a->outputs ? panel + COLUMNS * units : 0;
             some_rows(&x, panel, next, units, &made, number * COLUMNS, a->rows - row, narrow);
         }
     }
@@ -258,37 +281,59 @@ typedef struct {
     const char *x, *y;
     const void *bias;
     char *out;
-    unit *panels;  /* [threads, units of `inner` x COLUMNS] */
+    unit *scratch; /* [threads, own] */
     unit *blocked; /* the rows of x, where it is given turned */
-    integer rows, inner, columns, x_stride, y_stride, out_stride, parts;
+    integer rows, inner, columns, x_stride, y_stride, out_stride, own, parts;
     int form, adds;
 } product_of;
 
+/* Units begin..end of a panel whose first column is `first`. */
+INLINE void pack_panel(const product_of *a, integer first, integer begin, integer end, unit *panel, const int narrow) {
+    const integer together = narrow ? 2 : 1, inner = at_most(end * together, a->inner) - begin * together;
+    if (a->form == TURNED_SECOND)
+        pack_turned(from(a->y, first * a->y_stride + begin * together, narrow), a->y_stride, a->columns - first, inner,
+                    panel, narrow);
+    else
+        pack_straight(from(a->y, begin * together * a->y_stride + first, narrow), a->y_stride, a->columns - first, inner,
+                      panel, COLUMNS, 0, narrow);
+}
+
+/* Rows begin..end, whole blocks but for the last, times a panel whose first column is `first`. `packed`: the panel that
+   lies in the thread's scratch, or -1. */
+INLINE void product_rows(const product_of *a, integer first, integer begin, integer end, unit *panel, integer *packed,
+                         const int narrow) {
+    const integer units = units_of(a->inner, narrow);
+    float *sums = (float *)(panel + COLUMNS * DEPTH);
+    const int wide = a->form == TURNED_FIRST, whole = units <= DEPTH;
+    for (integer start = 0; start < units || start == 0; start += DEPTH) {
+        const integer count = at_most(units - start, DEPTH);
+        if (!whole || *packed != first) pack_panel(a, first, start, start + count, panel, narrow);
+        *packed = whole ? first : -1;
+        for (integer row = begin; row < end; row += ROWS) {
+            factor x = {(const char *)from(a->x, row * a->x_stride, narrow) + 4 * start,
+                        a->x_stride * (narrow ? 2 : 4), 4};
+            if (wide) x = (factor){(const char *)(a->blocked + row * units), 4, 4 * ROWS};
+            const result made = {a->bias, to(a->out, row * a->out_stride, narrow && !wide), a->out_stride, a->columns,
+                                 wide, a->adds, whole ? 0 : sums + (row - begin) * COLUMNS, start > 0,
+                                 start + count == units};
+            some_rows(&x, panel, 0, count, &made, first, a->rows - row, narrow);
+        }
+    }
+}
+
 /* Items are panels, each with `parts` parts of the rows. */
 INLINE void product_panels(const product_of *a, integer begin, integer end, int thread, const int narrow) {
-    const integer units = narrow ? (a->inner + 1) / 2 : a->inner, all = (a->rows + ROWS - 1) / ROWS;
-    unit *panel = a->panels + thread * COLUMNS * units;
+    const integer all = (a->rows + ROWS - 1) / ROWS;
     integer packed = -1;
-    for (integer item = begin; item < end; item++) {
-        const integer number = item / a->parts, part = item % a->parts, first = number * COLUMNS;
-        if (number != packed) {
-            if (a->form == TURNED_SECOND)
-                pack_turned(from(a->y, first * a->y_stride, narrow), a->y_stride, a->columns - first, a->inner, panel,
-                            narrow);
-            else
-                pack_straight(from(a->y, first, narrow), a->y_stride, a->columns - first, a->inner, panel, COLUMNS, 0,
-                              narrow);
-            packed = number;
-        }
-        for (integer at = all * part / a->parts; at < all * (part + 1) / a->parts; at++) {
-            const integer row = at * ROWS;
-            factor x = {from(a->x, row * a->x_stride, narrow), a->x_stride * (narrow ? 2 : 4), 4};
-            if (a->form == TURNED_FIRST) x = (factor){(const char *)(a->blocked + row * units), 4, 4 * ROWS};
-            const int wide = a->form == TURNED_FIRST;
-            const result made = {a->bias, to(a->out, row * a->out_stride, narrow && !wide), a->out_stride, a->columns,
-                                 wide, a->adds};
-            some_rows(&x, panel, 0, units, &made, first, a->rows - row, narrow);
-        }
+    while (begin < end) {
+        /* All the parts of this panel that are this thread's. */
+        const integer number = begin / a->parts, stop = at_most(end, (number + 1) * a->parts);
+        integer row = all * (begin - number * a->parts) / a->parts * ROWS;
+        const integer last = at_most(all * (stop - number * a->parts) / a->parts * ROWS, a->rows);
+        for (; row < last; row += GROUP)
+            product_rows(a, number * COLUMNS, row, at_most(row + GROUP, last), a->scratch + thread * a->own, &packed,
+                         narrow);
+        begin = stop;
     }
 }
 
@@ -301,7 +346,7 @@ static void product_narrow(const void *a, integer begin, integer end, int thread
 }
 
 INLINE void block_columns(const product_of *a, integer begin, integer end, const int narrow) {
-    const integer units = narrow ? (a->inner + 1) / 2 : a->inner;
+    const integer units = units_of(a->inner, narrow);
     for (integer item = begin; item < end; item++) {
         const integer column = item * COLUMNS;
         pack_straight(from(a->x, column, narrow), a->x_stride, a->rows - column, a->inner, a->blocked + column * units,
@@ -320,7 +365,7 @@ static void block_narrow(const void *a, integer begin, integer end, int thread) 
 }
 
 static void do_product(product_of a, int narrow, int threads) {
-    a.parts = (a.rows + 63) / 64; /* a thread takes those of one panel in a row, so that they cost nothing */
+    a.parts = (a.rows + 63) / 64; /* a thread takes its own of a panel together: what two have in common is rare */
     deal(narrow ? product_narrow : product_wide, &a, (a.columns + COLUMNS - 1) / COLUMNS * a.parts, threads);
 }
 #endif
@@ -355,20 +400,25 @@ void product(const void *x, const void *y, const void *bias, void *out, void *sc
              integer columns, integer x_stride, integer y_stride, integer out_stride, integer form, integer adds,
              int narrow, int threads) {
 #if WIDE_PRODUCTS
-    const integer units = narrow ? (inner + 1) / 2 : inner;
-    unit *panels = scratch, *blocked = panels + COLUMNS * threads * units;
-    product_of a = {x, y, bias, out, panels, blocked, rows, inner, columns, x_stride, y_stride, out_stride, 1,
-                    (int)form, (int)adds};
+    product_of a = {x, y, bias, out, scratch, 0, rows, inner, columns, x_stride, y_stride, out_stride,
+                    own_scratch(inner, narrow), 1, (int)form, (int)adds};
     if (form != TURNED_FIRST) {
         do_product(a, narrow, threads);
         return;
     }
-    for (integer begin = 0; begin < rows; begin += SLAB) {
-        a.rows = rows - begin < SLAB ? rows - begin : SLAB;
-        a.x = from(x, begin, narrow);
-        a.out = to(out, begin * out_stride, 0);
-        deal(narrow ? block_narrow : block_wide, &a, (a.rows + COLUMNS - 1) / COLUMNS, threads);
-        do_product(a, narrow, threads);
+    const integer deep = DEPTH * (narrow ? 2 : 1);
+    a.blocked = a.scratch + a.own * threads;
+    for (integer start = 0; start < inner || start == 0; start += deep) {
+        a.inner = at_most(inner - start, deep);
+        a.y = from(y, start * y_stride, narrow);
+        a.adds = adds || start > 0;
+        for (integer begin = 0; begin < rows; begin += SLAB) {
+            a.rows = at_most(rows - begin, SLAB);
+            a.x = from(x, start * x_stride + begin, narrow);
+            a.out = to(out, begin * out_stride, 0);
+            deal(narrow ? block_narrow : block_wide, &a, (a.rows + COLUMNS - 1) / COLUMNS, threads);
+            do_product(a, narrow, threads);
+        }
     }
 #else
     (void)x, (void)y, (void)bias, (void)out, (void)scratch, (void)rows, (void)inner, (void)columns, (void)x_stride;
