@@ -1,9 +1,9 @@
 """Matrix products of linear layers, each by the fastest way at hand for its type; all true to that type.
 
 On a CPU with 512-bit vectors (and without tiles, if in bfloat16) that is a kernel in C, whose sums are in one order
-whatever the number of rows or threads, and which adds gradients of weights in float32 to what is there. Elsewhere it is
-torch's product, or on CPUs oneDNN's, which multiplies float32 faster than torch's default library; the sums are float32
-either way.
+whatever the number of rows or threads, and which adds gradients of weights in float32 to what is there. Elsewhere, and
+for many rows of float32, it is torch's product, or on CPUs oneDNN's, which multiplies float32 faster than torch's
+default library; the sums are float32 either way.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from mrlm_cli.kernels.low_rank import Matrix
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 # Below this many multiplications the call costs more than it gains.
 _SMALLEST = 2**22
+# From so many rows of float32 on it is faster than the kernel.
+_MANY = 1024
 # Numbers in a matrix from which on a layout of its own pays, and the rows of x that the layout is chosen for.
 _WORTH_LAYING_OUT = 2**16
 _ROWS = 32
@@ -31,7 +33,7 @@ _SECOND, _NEITHER, _FIRST = range(3)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [N,I], weight [O,I], bias [O], one type -> x weightᵀ + bias [N,O]. Not differentiable."""
-    if (library := _kernel(x, weight, bias)) is not None and _in_pairs(x):
+    if (library := _rows_kernel(x, weight, bias)) is not None:
         out = x.new_empty(len(x), len(weight))
         _multiply(library, _SECOND, x, weight, bias, out, adds=False)
         return out
@@ -42,7 +44,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     """gradient [N,O], weight [O,I], one type -> [N,I]."""
-    if (library := _kernel(gradient, weight)) is not None and _in_pairs(gradient):
+    if (library := _rows_kernel(gradient, weight)) is not None:
         out = gradient.new_empty(len(gradient), weight.shape[1])
         _multiply(library, _NEITHER, gradient, weight, None, out, adds=False)
         return out
@@ -83,6 +85,13 @@ def _kernel(x: Tensor, y: Tensor, bias: Tensor | None = None) -> native.Library 
     if library is None or not library.can_multiply(native.narrow(x)):
         return None
     return library if all(each is None or each.dtype == x.dtype for each in (y, bias)) else None
+
+
+def _rows_kernel(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> native.Library | None:
+    """For products with the rows of x."""
+    if not _in_pairs(x) or (x.shape[0] >= _MANY and _by_onednn(x, weight.numel() // x.shape[1])):
+        return None
+    return _kernel(x, weight, bias)
 
 
 def _in_pairs(x: Tensor) -> bool:

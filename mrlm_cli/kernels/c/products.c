@@ -9,9 +9,10 @@
 
 #define ROWS 8
 #define VECTORS (COLUMNS / 16)
-#define DEPTH 1024 /* units that are laid out and added up at a time: a panel of them stays in the cache */
-#define SLAB 1024  /* columns of the first factor that are laid out at a time, where it has to be */
-#define GROUP 512  /* rows whose sums over more than DEPTH units are kept meanwhile */
+#define DEPTH 1024      /* units that are laid out and added up at a time: a panel of them stays in the cache */
+#define SLAB 1024       /* columns of the first factor that are laid out at a time, where it has to be */
+#define BYTES (1 << 20) /* of the first factor that all panels are multiplied by before more is read */
+#define GROUP 1024      /* rows of it, at most: their sums over more than DEPTH units are kept meanwhile */
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
@@ -283,7 +284,7 @@ typedef struct {
     char *out;
     unit *scratch; /* [threads, own] */
     unit *blocked; /* the rows of x, where it is given turned */
-    integer rows, inner, columns, x_stride, y_stride, out_stride, own, parts;
+    integer rows, inner, columns, x_stride, y_stride, out_stride, own, groups, parts;
     int form, adds;
 } product_of;
 
@@ -321,18 +322,19 @@ INLINE void product_rows(const product_of *a, integer first, integer begin, inte
     }
 }
 
-/* Items are panels, each with `parts` parts of the rows. */
+/* Items are groups of rows, in each of them panels, and of each of these parts of the group's rows. */
 INLINE void product_panels(const product_of *a, integer begin, integer end, int thread, const int narrow) {
-    const integer all = (a->rows + ROWS - 1) / ROWS;
+    const integer all = (a->rows + ROWS - 1) / ROWS, panels = (a->columns + COLUMNS - 1) / COLUMNS;
     integer packed = -1;
     while (begin < end) {
-        /* All the parts of this panel that are this thread's. */
+        /* All the parts of this group and panel that are this thread's. */
         const integer number = begin / a->parts, stop = at_most(end, (number + 1) * a->parts);
-        integer row = all * (begin - number * a->parts) / a->parts * ROWS;
-        const integer last = at_most(all * (stop - number * a->parts) / a->parts * ROWS, a->rows);
-        for (; row < last; row += GROUP)
-            product_rows(a, number * COLUMNS, row, at_most(row + GROUP, last), a->scratch + thread * a->own, &packed,
-                         narrow);
+        const integer group = number / panels, before = all * group / a->groups;
+        const integer within = all * (group + 1) / a->groups - before;
+        const integer row = (before + within * (begin - number * a->parts) / a->parts) * ROWS;
+        const integer last = (before + within * (stop - number * a->parts) / a->parts) * ROWS;
+        product_rows(a, number % panels * COLUMNS, row, at_most(last, a->rows), a->scratch + thread * a->own, &packed,
+                     narrow);
         begin = stop;
     }
 }
@@ -365,8 +367,10 @@ static void block_narrow(const void *a, integer begin, integer end, int thread) 
 }
 
 static void do_product(product_of a, int narrow, int threads) {
-    a.parts = (a.rows + 63) / 64; /* a thread takes its own of a panel together: what two have in common is rare */
-    deal(narrow ? product_narrow : product_wide, &a, (a.columns + COLUMNS - 1) / COLUMNS * a.parts, threads);
+    const integer fitting = BYTES / (4 * units_of(a.inner, narrow) + 1), size = fitting < 256 ? 256 : at_most(fitting, GROUP);
+    a.groups = a.rows > size ? (a.rows + size - 1) / size : 1;
+    a.parts = ((a.rows + a.groups - 1) / a.groups + 63) / 64; /* a thread takes its own of a panel together */
+    deal(narrow ? product_narrow : product_wide, &a, a.groups * a.parts * ((a.columns + COLUMNS - 1) / COLUMNS), threads);
 }
 #endif
 
@@ -401,7 +405,7 @@ void product(const void *x, const void *y, const void *bias, void *out, void *sc
              int narrow, int threads) {
 #if WIDE_PRODUCTS
     product_of a = {x, y, bias, out, scratch, 0, rows, inner, columns, x_stride, y_stride, out_stride,
-                    own_scratch(inner, narrow), 1, (int)form, (int)adds};
+                    own_scratch(inner, narrow), 1, 1, (int)form, (int)adds};
     if (form != TURNED_FIRST) {
         do_product(a, narrow, threads);
         return;
