@@ -21,7 +21,7 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 # Below this many multiplications the call costs more than it gains.
 _SMALLEST = 2**22
 # From so many rows of float32 on it is faster than the kernel.
-_MANY = 1024
+_MANY = 256
 # Numbers in a matrix from which on a layout of its own pays, and the rows of x that the layout is chosen for.
 _WORTH_LAYING_OUT = 2**16
 _ROWS = 32
