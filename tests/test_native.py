@@ -347,8 +347,9 @@ def test_products_of_few_rows(dtype, outputs, inputs, bias, threads):
     offsets = [numbers(outputs, seed=1, dtype=dtype)] if bias else []
     frozen = FrozenLinear([Matrix(weight)], offsets, dtype)
     frozen.load()
-    if native.on(weight).can_multiply(native.narrow(weight)):
-        halves = inputs == 33 and dtype == torch.bfloat16  # no whole pairs: nothing is laid out
+    library = native.on(weight)
+    if library.can_multiply(native.narrow(weight)):
+        halves = inputs % library.pair > 0 and dtype == torch.bfloat16  # no whole pairs: nothing is laid out
         assert (frozen.memory[0].data_ptr() == weight.data_ptr()) is halves
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 33):
         x = numbers(rows, inputs, seed=rows, dtype=dtype)
@@ -445,6 +446,21 @@ def test_products_of_no_rows_or_terms(dtype):
     assert products.input_gradient(numbers(0, 40, dtype=dtype), weight).shape == (0, 30)
     found = products.weight_gradient(numbers(0, 40, dtype=dtype), x)
     assert torch.equal(found, torch.zeros(40, 30, dtype=found.dtype))
+
+
+def test_products_are_rounded_once_to_the_nearest_even():
+    """Sums that float32 holds exactly, half of them ties or further from a bfloat16, and numbers that are none."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-15, 16, (60, 50), generator=generator).bfloat16() for _ in range(2))
+    exact = (x.double() @ weight.double().t()).bfloat16()
+    frozen = FrozenLinear([Matrix(weight)], [], torch.bfloat16)
+    frozen.load()
+    for found in (products.linear(x, weight), products.input_gradient(x, weight.t().contiguous()), frozen(x)):
+        assert torch.equal(found, exact)
+    payload = torch.tensor([0x7F80_0001, 0x7FFF_FFFF, 0x7F80_0000, 0x7F7F_FFFF], dtype=torch.int32).view(torch.float32)
+    assert torch.equal(
+        products.linear(payload.bfloat16()[:, None], torch.ones(20, 1).bfloat16()).isnan()[:, 0], payload.isnan()
+    )
 
 
 @pytest.mark.parametrize("dtype", TYPES)

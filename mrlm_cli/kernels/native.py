@@ -31,7 +31,7 @@ _TAKES = {
     "attend": "pppppppiiiiif",
     "attend_backward": "pppppppppppiiiiiif",
     "lay_out": "ppii",
-    "multiply": "ppppiii",
+    "multiply": "pppppiii",
     "product": "pppppiiiiiiii",
     "attend_slots": "ppppppppiiiiif",
 }
@@ -39,13 +39,13 @@ _KINDS = {"p": c_void_p, "i": c_int64, "f": c_float}
 
 
 class Library(ctypes.CDLL):
-    """The compiled kernels, and the sizes that their callers must know (`c/common.h`)."""
+    """The compiled kernels, and the sizes that their callers must know (`c/deal.c`, `c/products.c`)."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
         self.stem = path.stem
-        self.widest_head, self.lanes, self.together, self.columns = (
-            c_int64.in_dll(self, name).value for name in ("widest_head", "lanes", "together", "columns")
+        self.widest_head, self.lanes, self.together, self.columns, self.pair = (
+            c_int64.in_dll(self, name).value for name in ("widest_head", "lanes", "together", "columns", "pair")
         )
 
 
@@ -127,6 +127,7 @@ def _load() -> Library:
         function.restype = None
     library.can_multiply.argtypes, library.can_multiply.restype = [c_int], c_int
     library.product_scratch.argtypes, library.product_scratch.restype = [*[c_int64] * 3, c_int, c_int], c_int64
+    library.multiply_scratch.argtypes, library.multiply_scratch.restype = [c_int64, c_int64, c_int], c_int64
     library.attention_scratch.argtypes, library.attention_scratch.restype = [c_int64, c_int64, c_int], c_int64
     runtime = ctypes.CDLL(torch._C.__file__)  # looks through all that torch was linked with
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")

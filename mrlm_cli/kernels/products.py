@@ -18,6 +18,8 @@ from mrlm_cli.kernels import native
 from mrlm_cli.kernels.low_rank import Matrix
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+# Whether it has products of bfloat16 on this processor; where not, torch's take six times as long as those of float32.
+_NARROW_ONEDNN = _ONEDNN is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 # Below this many multiplications the call costs more than it gains.
 _SMALLEST = 2**22
 # From so many rows of float32 on it is faster than the kernel.
@@ -89,14 +91,15 @@ def _kernel(x: Tensor, y: Tensor, bias: Tensor | None = None) -> native.Library 
 
 def _rows_kernel(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> native.Library | None:
     """For products with the rows of x."""
-    if not _in_pairs(x) or (x.shape[0] >= _MANY and _by_onednn(x, weight.numel() // x.shape[1])):
+    library = _kernel(x, weight, bias)
+    if library is None or not _in_units(library, x):
         return None
-    return _kernel(x, weight, bias)
+    return None if x.shape[0] >= _MANY and _by_onednn(x, weight.numel() // x.shape[1]) else library
 
 
-def _in_pairs(x: Tensor) -> bool:
+def _in_units(library: native.Library, x: Tensor) -> bool:
     """Whether the kernel can read rows of x [N,I] unit by unit (`c/products.c`)."""
-    return x.dtype != torch.bfloat16 or x.shape[1] % 2 == 0
+    return x.dtype != torch.bfloat16 or x.shape[1] % library.pair == 0
 
 
 def _multiply(
@@ -190,7 +193,7 @@ def _laid_out(weight: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor 
     """weight [O,I] -> the same in the layout of the fastest product of few rows with it, and that product."""
     outputs, inputs = weight.shape
     library = native.on(weight)
-    if library is not None and library.can_multiply(native.narrow(weight)) and _in_pairs(weight):
+    if library is not None and library.can_multiply(native.narrow(weight)) and _in_units(library, weight):
         weight = weight.contiguous()
         panels = weight.new_empty(-(-outputs // library.columns) * library.columns, inputs)
         native.run(
@@ -200,7 +203,7 @@ def _laid_out(weight: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor 
     if (
         _ONEDNN is not None
         and weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
+        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _NARROW_ONEDNN))
         and weight.numel() >= _WORTH_LAYING_OUT
     ):
         return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS), _onednn_product
@@ -211,9 +214,9 @@ def _by_kernel(library: native.Library, outputs: int, x: Tensor, panels: Tensor,
     assert (x.dtype, x.shape[1]) == (panels.dtype, panels.shape[1])
     x = x.contiguous()
     out = x.new_empty(len(x), outputs)
-    native.run(
-        library.multiply, x, panels, bias, out, *x.shape, outputs, like=x, threads=native.threads(panels.numel())
-    )
+    scratch = x.new_empty(library.multiply_scratch(*x.shape, native.narrow(x)), dtype=torch.float32)
+    threads = native.threads(panels.numel())
+    native.run(library.multiply, x, panels, bias, out, scratch, *x.shape, outputs, like=x, threads=threads)
     return out
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from mrlm_cli.kernels import native, products
 from tests.benchmarks.common import markdown, seconds
 
 SIZES = ((1024, 1024, 1024), (1024, 576, 1536), (2048, 1536, 576), (4096, 2048, 2048))  # rows, inputs, outputs
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
+    native.use(True)
     found: list[dict[str, float]] = (
         [{"threads": threads, **measure(threads)} for threads in arguments.threads]
         if arguments.device == "cpu"
@@ -46,7 +48,9 @@ def measure(threads: int) -> dict[str, float]:
         return {
             "float32 GFLOP/s, torch's default": round(_products(torch.float32, torch.nn.functional.linear), 1),
             "float32 GFLOP/s, oneDNN": round(_products(torch.float32, _onednn), 1),
-            "bfloat16 GFLOP/s": round(_products(torch.bfloat16, torch.nn.functional.linear), 1),
+            "float32 GFLOP/s, mrlm": round(_products(torch.float32, products.linear), 1),
+            "bfloat16 GFLOP/s, torch's": round(_products(torch.bfloat16, torch.nn.functional.linear), 1),
+            "bfloat16 GFLOP/s, mrlm": round(_products(torch.bfloat16, products.linear), 1),
             "GB/s": round(bandwidth(), 1),
         }
     finally:
@@ -63,10 +67,12 @@ def measure_gpu() -> dict[str, float]:
 
 
 def peak(precision: str, device: str = "cpu") -> float:
-    """GFLOP/s of the fastest product of a precision, on CPUs with the present number of threads."""
+    """GFLOP/s of the fastest product of a precision at hand, on CPUs with the present number of threads."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    found = _products(dtype, torch.nn.functional.linear, device)
-    return found if (precision, device) != ("float32", "cpu") else max(found, _products(dtype, _onednn))
+    ways = [torch.nn.functional.linear]
+    if device == "cpu":
+        ways += [products.linear, _onednn] if precision == "float32" else [products.linear]
+    return max(_products(dtype, way, device) for way in ways)
 
 
 def bandwidth(device: str = "cpu") -> float:

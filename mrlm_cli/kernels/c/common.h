@@ -17,7 +17,6 @@ typedef int64_t integer;
 #define WIDEST_HEAD 256 /* numbers of an attention head that there is room for */
 #define LANES 16        /* of which attention takes so many at once */
 #define TOGETHER 3      /* queries that share the reading of a key in a decoding step */
-#define COLUMNS 32      /* outputs of a matrix in a panel */
 
 /* Compilers cut it into what the processor has. */
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));

@@ -1,7 +1,7 @@
 #include "common.h"
 
 /* Sizes that callers must know. */
-const integer widest_head = WIDEST_HEAD, lanes = LANES, together = TOGETHER, columns = COLUMNS;
+const integer widest_head = WIDEST_HEAD, lanes = LANES, together = TOGETHER;
 
 /* torch's OpenMP runtime: a second one would have threads of its own, which spin against torch's. */
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
