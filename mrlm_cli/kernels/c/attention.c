@@ -9,11 +9,7 @@
 
 #define QUERIES 24
 #define TALL 4 /* rows of a tile of a product; QUERIES and LANES are multiples of it */
-#if defined(__AVX512F__)
-#define WIDE 4 /* vectors of a tile, so that its sums stay in registers */
-#else
-#define WIDE 1
-#endif
+#define WIDE (VECTOR_REGISTERS == 32 ? 4 : 3) /* vectors of a tile, so that its sums stay in registers */
 
 /* Once in the program, for all kinds of work: compiling takes its time. */
 #define OUTLINE static __attribute__((noinline))
@@ -49,11 +45,9 @@ OUTLINE void multiplied(float *out, integer out_stride, const float *left, integ
             float *found = out + row * out_stride + column;
             const float *one = left + row * down, *other = right + column;
             switch ((columns - column) / LANES) {
-#if WIDE > 1
             case 1: tile(found, out_stride, one, down, across, other, right_stride, inner, add, 1); break;
             case 2: tile(found, out_stride, one, down, across, other, right_stride, inner, add, 2); break;
             case 3: tile(found, out_stride, one, down, across, other, right_stride, inner, add, 3); break;
-#endif
             default: tile(found, out_stride, one, down, across, other, right_stride, inner, add, WIDE);
             }
         }

@@ -15,19 +15,35 @@ typedef int64_t integer;
 
 /* Sizes that callers must know too; deal.c exports them. */
 #define WIDEST_HEAD 256 /* numbers of an attention head that there is room for */
-#define LANES 16        /* of which attention takes so many at once */
+#if defined(__AVX512F__)
+#define LANES 16 /* of which a processor's vector holds so many */
+#define VECTOR_REGISTERS 32
+#elif defined(__AVX__)
+#define LANES 8
+#define VECTOR_REGISTERS 16
+#else
+#define LANES 4
+#define VECTOR_REGISTERS 16
+#endif
 #define TOGETHER 3      /* queries that share the reading of a key in a decoding step */
 
-/* Compilers cut it into what the processor has. */
+/* Of more than the processor has, compilers make many small moves. */
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* The sum of a vector's numbers. */
 INLINE float summed(vector x) {
-    typedef float eight __attribute__((vector_size(32)));
     typedef float four __attribute__((vector_size(16)));
+#if LANES == 16
+    typedef float eight __attribute__((vector_size(32)));
     union { vector whole; eight half[2]; } first = {x};
     union { eight whole; four half[2]; } second = {first.half[0] + first.half[1]};
-    four rest = second.half[0] + second.half[1];
+    const four rest = second.half[0] + second.half[1];
+#elif LANES == 8
+    union { vector whole; four half[2]; } first = {x};
+    const four rest = first.half[0] + first.half[1];
+#else
+    const four rest = x;
+#endif
     return (rest[0] + rest[1]) + (rest[2] + rest[3]);
 }
 

@@ -10,8 +10,9 @@
 #define COLUMNS (VECTORS * WIDTH)
 #define DEPTH 1024        /* units that are laid out and added up at a time: a panel of them stays in the cache */
 #define SLAB (128 * ROWS) /* rows of the first factor that are laid out at a time, where they have to be */
-#define BYTES (1 << 20)   /* of the first factor that all panels are multiplied by before more is read */
-#define GROUP 1024        /* rows of it, at most: their sums over more than DEPTH units are kept meanwhile */
+#define BYTES (1 << 20)   /* of the first factor that all panels are multiplied by before more is read: between */
+#define MOST 1024         /* so many rows of it */
+#define FEW 256           /* and so many; of longer rows than DEPTH also at most: their sums are kept meanwhile */
 
 typedef uint32_t unit;
 
@@ -52,7 +53,7 @@ static int laid_out_first(integer form, int narrow) { return form == TURNED_FIRS
 /* Units of scratch that a thread needs for itself. */
 static integer own_scratch(integer inner, int narrow) {
     const integer units = units_of(inner, narrow);
-    return COLUMNS * (at_most(units, DEPTH) + (units > DEPTH ? GROUP : 0));
+    return COLUMNS * (at_most(units, DEPTH) + (units > DEPTH ? FEW + ROWS : 0)); /* a group is whole blocks */
 }
 
 /* Units of scratch that `product` needs. */
@@ -276,8 +277,8 @@ static void product_narrow(const void *a, integer begin, integer end, int thread
 }
 
 static void do_product(product_of a, int narrow, int threads) {
-    const integer fitting = BYTES / (4 * units_of(a.inner, narrow) + 1);
-    const integer size = fitting < 256 ? 256 : at_most(fitting, GROUP);
+    const integer units = units_of(a.inner, narrow), fitting = at_most(BYTES / (4 * units + 1), MOST);
+    const integer size = units > DEPTH || fitting < FEW ? FEW : fitting;
     a.groups = a.rows > size ? (a.rows + size - 1) / size : 1;
     a.parts = ((a.rows + a.groups - 1) / a.groups + 63) / 64; /* a thread takes its own of a panel together */
     deal(narrow ? product_narrow : product_wide, &a, a.groups * a.parts * ((a.columns + COLUMNS - 1) / COLUMNS), threads);

@@ -30,18 +30,22 @@ INLINE void dots(const float *query, const float *keys, const float *next, float
 /* out[i] = sum over t of chances[i][t] * value t. */
 INLINE void mixed(const float *chances, integer stride, const float *values, const float *next, float *out,
                   integer seen, const integer width, const int count) {
-    const integer parts = width / LANES;
-    vector sums[TOGETHER][WIDEST_HEAD / LANES];
-    for (int i = 0; i < count; i++)
-        for (integer part = 0; part < parts; part++) sums[i][part] = (vector){0};
-    for (integer t = 0; t < seen; t++) {
-        const vector *value = (const vector *)(values + t * width);
-        for (integer part = 0; part < parts; part++) __builtin_prefetch(next + t * width + part * LANES);
-        for (integer part = 0; part < parts; part++)
-            for (int i = 0; i < count; i++) sums[i][part] += chances[i * stride + t] * value[part];
+    const integer most = VECTOR_REGISTERS == 32 ? WIDEST_HEAD / LANES : 4; /* so that sums stay in registers */
+    for (integer start = 0; start < width / LANES; start += most) {
+        const integer left = width / LANES - start, parts = left < most ? left : most;
+        vector sums[TOGETHER][WIDEST_HEAD / LANES];
+        for (int i = 0; i < count; i++)
+            for (integer part = 0; part < parts; part++) sums[i][part] = (vector){0};
+        for (integer t = 0; t < seen; t++) {
+            const vector *value = (const vector *)(values + t * width) + start;
+            for (integer part = 0; part < parts; part++) __builtin_prefetch(next + t * width + (start + part) * LANES);
+            for (integer part = 0; part < parts; part++)
+                for (int i = 0; i < count; i++) sums[i][part] += chances[i * stride + t] * value[part];
+        }
+        for (int i = 0; i < count; i++)
+            for (integer part = 0; part < parts; part++)
+                *(vector *)(out + i * width + (start + part) * LANES) = sums[i][part];
     }
-    for (int i = 0; i < count; i++)
-        for (integer part = 0; part < parts; part++) *(vector *)(out + i * width + part * LANES) = sums[i][part];
 }
 
 static void soften(float *scores, integer seen) {
