@@ -336,6 +336,11 @@ def _run(
     ):
         if not recipe.hardware.native and (reason := native.refused()):
             announce.warned(f"torch's operators do the work of the kernels in C, which cannot be had: {reason}")
+        if stage.crawls:
+            announce.warned(
+                "this processor has no products of bfloat16, and this model's are torch's: "
+                "with hardware.precision=float32 a step is several times faster"
+            )
         trainer = Trainer(recipe, folders, stage, run, announce)
         made = enter() if plugins is None else run
         with made.lock():

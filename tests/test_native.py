@@ -10,6 +10,7 @@ from mrlm_cli.envs.host import NoJournal
 from mrlm_cli.errors import UserError
 from mrlm_cli.kernels import attention, between, build, native, products, slots
 from mrlm_cli.kernels.attention import Attention, FusedAttention, Heads, library_for
+from mrlm_cli.kernels.llama import Trunk
 from mrlm_cli.kernels.logprobs import chunked_logprobs
 from mrlm_cli.kernels.low_rank import Matrix
 from mrlm_cli.kernels.packing import pack
@@ -463,6 +464,22 @@ def test_products_are_rounded_once_to_the_nearest_even():
     )
 
 
+def test_where_torch_crawls_in_bfloat16_its_products_are_those_of_float32(monkeypatch):
+    native.use(False)
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)
+    x, weight, offset = (numbers(*shape, dtype=torch.bfloat16) for shape in ((7, 512), (160, 512), (160,)))
+    given = numbers(7, 160, seed=1, dtype=torch.bfloat16)
+    frozen = FrozenLinear([Matrix(weight)], [offset], torch.bfloat16)
+    frozen.load()
+    for found, exact in (
+        (products.linear(x, weight, offset), x.double() @ weight.double().t() + offset.double()),
+        (frozen(x), x.double() @ weight.double().t() + offset.double()),
+        (products.input_gradient(given, weight), given.double() @ weight.double()),
+        (products.weight_gradient(given, x), given.double().t() @ x.double()),
+    ):
+        near(found, exact, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_half_a_pair_of_inputs_is_left_to_torch(dtype):
     x, weight = numbers(20, 33, dtype=dtype), numbers(40, 33, seed=1, dtype=dtype)
@@ -565,6 +582,22 @@ def test_a_run_says_what_it_went_with(monkeypatch):
     wanted = recipe.model_copy(update={"hardware": recipe.hardware.model_copy(update={"native": True, "threads": 1})})
     with pytest.raises(UserError, match=r"hardware\.native is true, .* no; hardware\.native=false"):
         Stage(settled(wanted), (), journal=NoJournal(), check=lambda: None, phase=lambda *_: None)
+
+
+def test_a_stage_knows_where_bfloat16_crawls(monkeypatch):
+    recipe = settled(tiny(hardware={"precision": "bfloat16"}))
+
+    def crawls(recipe):
+        with Stage(recipe, (), journal=NoJournal(), check=lambda: None, phase=lambda *_: None) as stage:
+            return stage.crawls
+
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)
+    assert not crawls(recipe)  # of this shape they are not torch's
+    monkeypatch.setattr(Trunk, "of", lambda module: None)
+    assert crawls(recipe)
+    assert not crawls(settled(tiny()))
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
+    assert not crawls(recipe)
 
 
 def test_the_engine_steps_by_the_kernel(monkeypatch):

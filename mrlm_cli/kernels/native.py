@@ -1,4 +1,4 @@
-"""Kernels in C for what lies between matrix products with weights on a CPU, and for these where it has 512-bit vectors.
+"""Kernels in C for what lies between matrix products with weights on a CPU, and for these where it has wide vectors.
 
 torch's own operators do the same, and remain the reference; but each of them reads and writes its whole tensor, and
 costs a call. They are used on other devices, in other types than float32 and bfloat16, and where no C compiler is

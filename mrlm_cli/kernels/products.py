@@ -1,9 +1,9 @@
 """Matrix products of linear layers, each by the fastest way at hand for its type; all true to that type.
 
-On a CPU with 512-bit vectors (and without tiles, if in bfloat16) that is a kernel in C, whose sums are in one order
-whatever the number of rows or threads, and which adds gradients of weights in float32 to what is there. Elsewhere, and
-for many rows of float32, it is torch's product, or on CPUs oneDNN's, which multiplies float32 faster than torch's
-default library; the sums are float32 either way.
+On a CPU with vectors of 256 or 512 bits (and without tiles, if in bfloat16) that is a kernel in C, whose sums are in
+one order whatever the number of rows or threads, and which adds gradients of weights in float32 to what is there.
+Elsewhere, and for many rows of float32, it is torch's product, or on CPUs oneDNN's, which multiplies float32 faster
+than torch's default library; the sums are float32 either way.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from mrlm_cli.kernels import native
 from mrlm_cli.kernels.low_rank import Matrix
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-# Whether it has products of bfloat16 on this processor; where not, torch's take six times as long as those of float32.
-_NARROW_ONEDNN = _ONEDNN is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_NARROW_ONEDNN = _ONEDNN is not None and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 # Below this many multiplications the call costs more than it gains.
 _SMALLEST = 2**22
 # From so many rows of float32 on it is faster than the kernel.
@@ -27,8 +26,6 @@ _MANY = 256
 # Numbers in a matrix from which on a layout of its own pays, and the rows of x that the layout is chosen for.
 _WORTH_LAYING_OUT = 2**16
 _ROWS = 32
-
-
 # Which factor the kernel takes turned (`c/products.c`).
 _SECOND, _NEITHER, _FIRST = range(3)
 
@@ -41,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return out
     if _by_onednn(x, weight.shape[0]):
         return _onednn_product(x, weight, bias)
-    return torch.nn.functional.linear(x, weight, bias)
+    return _by_torch(x, weight, bias)
 
 
 def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -52,7 +49,7 @@ def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
         return out
     if _by_onednn(gradient, weight.shape[1]):
         return _onednn_product(gradient, weight.t(), None)
-    return gradient @ weight
+    return _by_torch(gradient, weight.t(), None)
 
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
@@ -62,7 +59,7 @@ def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
         _multiply(library, _FIRST, gradient, x, None, out, adds=False)
         return out
     # oneDNN would have to transpose both factors first, which eats the gain.
-    return gradient.t() @ x
+    return _by_torch(gradient.t(), x.t(), None)
 
 
 def add_weight_gradient(total: Tensor, gradient: Tensor, x: Tensor) -> bool:
@@ -132,6 +129,18 @@ def _multiply(
     )
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether torch's own products of bfloat16 on this CPU are more than loops, several times slower than float32's."""
+    return _NARROW_ONEDNN
+
+
+def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or multiplies_bfloat16():
+        return torch.nn.functional.linear(x, weight, bias)
+    wide = None if bias is None else bias.float()
+    return torch.nn.functional.linear(x.float(), weight.float(), wide).bfloat16()
+
+
 def _by_onednn(x: Tensor, rows: int) -> bool:
     return (
         _ONEDNN is not None
@@ -157,7 +166,7 @@ class FrozenLinear:
         self._bias: Tensor | None = None
         self._weight: Tensor = parts[0].weight
         self._copy: Tensor | None = None
-        self._multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = torch.nn.functional.linear
+        self._multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _by_torch
 
     @torch.no_grad()
     def load(self) -> None:
@@ -177,7 +186,7 @@ class FrozenLinear:
     def release(self) -> None:
         """Give up the copy; `load` comes before the next product."""
         self._weight, self._bias, self._copy = self._parts[0].weight, None, None
-        self._multiply = torch.nn.functional.linear
+        self._multiply = _by_torch
 
     @property
     def memory(self) -> list[Tensor]:
@@ -203,11 +212,11 @@ def _laid_out(weight: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor 
     if (
         _ONEDNN is not None
         and weight.device.type == "cpu"
-        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _NARROW_ONEDNN))
+        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bfloat16()))
         and weight.numel() >= _WORTH_LAYING_OUT
     ):
         return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS), _onednn_product
-    return weight, torch.nn.functional.linear
+    return weight, _by_torch
 
 
 def _by_kernel(library: native.Library, outputs: int, x: Tensor, panels: Tensor, bias: Tensor | None) -> Tensor:

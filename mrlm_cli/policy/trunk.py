@@ -28,8 +28,8 @@ def run_trunk(trunk: nn.Module, tokens: Tensor, lengths: Tensor, precision: str,
     """tokens [B,T] right-padded, lengths [B] -> the states after the last norm, at places that are `wanted` bool [B,T].
 
     Models of Llama shape run packed: no padding, beginnings that rows share once, and what is not wanted goes no
-    further than to the keys and values of the last layer. The others run as transformers
-    has them: attention is causal, so real tokens never see padding, no mask is passed, and positions are 0..T-1.
+    further than to the keys and values of the last layer. The others run as transformers has them: attention is
+    causal, so real tokens never see padding, no mask is passed, and positions are 0..T-1.
     """
     checkpointing = torch.is_grad_enabled() and any(
         getattr(module, "gradient_checkpointing", False) for module in trunk.modules()

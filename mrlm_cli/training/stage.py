@@ -16,7 +16,8 @@ from mrlm_cli.data import load as data
 from mrlm_cli.engines.base import Engine
 from mrlm_cli.envs.host import Host, Journal
 from mrlm_cli.errors import UserError
-from mrlm_cli.kernels import native
+from mrlm_cli.kernels import native, products
+from mrlm_cli.kernels.llama import Trunk
 from mrlm_cli.policy import load
 from mrlm_cli.recipe.schema import Recipe
 from mrlm_cli.recipe.sections import ModelSection
@@ -71,7 +72,7 @@ class Stage:
         values: bool = True,
         start: ModelSection | None = None,
     ) -> None:
-        hardware = recipe.hardware
+        self._hardware = hardware = recipe.hardware
         assert hardware.threads is not None
         torch.set_num_threads(hardware.threads)
         keep_memory()
@@ -126,6 +127,12 @@ class Stage:
         self.scorers = Scorers(
             recipe.rewards, folders=folders, workers=hardware.worker_processes, journal=journal, check=watched
         )
+
+    @property
+    def crawls(self) -> bool:
+        """Whether products of bfloat16 are torch's here, and those are loops several times slower than float32's."""
+        narrow = self._hardware.device == "cpu" and self._hardware.precision == "bfloat16"
+        return narrow and not products.multiplies_bfloat16() and Trunk.of(self.policy.lm.base_model) is None
 
     def rollout(self, *, bootstrap: bool) -> Rollout:
         """Episodes by this policy; with `bootstrap`, a cut reply is left unscored."""
