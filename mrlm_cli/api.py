@@ -320,7 +320,6 @@ def _run(
 
     `plugins` are the hashes recorded at the start of a run that is resumed; None for a new run.
     """
-    from mrlm_cli.kernels import native
     from mrlm_cli.training import checkpoint, continuing, loop
     from mrlm_cli.training.announce import Announcer
     from mrlm_cli.training.stage import Stage
@@ -334,13 +333,8 @@ def _run(
         Stopper() as stopper,
         Stage(recipe, folders, journal=run.journal, check=stopper.check, phase=announce.phase) as stage,
     ):
-        if not recipe.hardware.native and (reason := native.refused()):
-            announce.warned(f"torch's operators do the work of the kernels in C, which cannot be had: {reason}")
-        if stage.crawls:
-            announce.warned(
-                "this processor has no products of bfloat16, and this model's are torch's: "
-                "with hardware.precision=float32 a step is several times faster"
-            )
+        for text in stage.warnings():
+            announce.warned(text)
         trainer = Trainer(recipe, folders, stage, run, announce)
         made = enter() if plugins is None else run
         with made.lock():

@@ -578,26 +578,29 @@ def test_a_run_says_what_it_went_with(monkeypatch):
     monkeypatch.setattr(native, "built", refuse)
     assert settled(recipe).hardware.native is False
     assert native.state() == "cannot be compiled: cc ended with code 1: no"
-    assert native.refused() == "cc ended with code 1: no"
+    with Stage(settled(recipe), (), journal=NoJournal(), check=lambda: None, phase=lambda *_: None) as stage:
+        (text,) = stage.warnings()
+    assert text.endswith("cc ended with code 1: no")
     wanted = recipe.model_copy(update={"hardware": recipe.hardware.model_copy(update={"native": True, "threads": 1})})
     with pytest.raises(UserError, match=r"hardware\.native is true, .* no; hardware\.native=false"):
         Stage(settled(wanted), (), journal=NoJournal(), check=lambda: None, phase=lambda *_: None)
 
 
-def test_a_stage_knows_where_bfloat16_crawls(monkeypatch):
+def test_a_stage_says_where_bfloat16_crawls(monkeypatch):
     recipe = settled(tiny(hardware={"precision": "bfloat16"}))
 
-    def crawls(recipe):
+    def said(recipe):
         with Stage(recipe, (), journal=NoJournal(), check=lambda: None, phase=lambda *_: None) as stage:
-            return stage.crawls
+            return stage.warnings()
 
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)
-    assert not crawls(recipe)  # of this shape they are not torch's
+    assert said(recipe) == []  # of this shape they are not torch's
     monkeypatch.setattr(Trunk, "of", lambda module: None)
-    assert crawls(recipe)
-    assert not crawls(settled(tiny()))
+    (text,) = said(recipe)
+    assert "hardware.precision=float32" in text
+    assert said(settled(tiny())) == []
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
-    assert not crawls(recipe)
+    assert said(recipe) == []
 
 
 def test_the_engine_steps_by_the_kernel(monkeypatch):

@@ -128,11 +128,18 @@ class Stage:
             recipe.rewards, folders=folders, workers=hardware.worker_processes, journal=journal, check=watched
         )
 
-    @property
-    def crawls(self) -> bool:
-        """Whether products of bfloat16 are torch's here, and those are loops several times slower than float32's."""
+    def warnings(self) -> list[str]:
+        """What makes it slow on this machine, a sentence each."""
+        found = []
+        if not self._hardware.native and (reason := native.refused()):
+            found.append(f"torch's operators do the work of the kernels in C, which cannot be had: {reason}")
         narrow = self._hardware.device == "cpu" and self._hardware.precision == "bfloat16"
-        return narrow and not products.multiplies_bfloat16() and Trunk.of(self.policy.lm.base_model) is None
+        if narrow and not products.multiplies_bfloat16() and Trunk.of(self.policy.lm.base_model) is None:
+            found.append(
+                "this processor has no products of bfloat16, and this model's are torch's: "
+                "with hardware.precision=float32 a step is several times faster"
+            )
+        return found
 
     def rollout(self, *, bootstrap: bool) -> Rollout:
         """Episodes by this policy; with `bootstrap`, a cut reply is left unscored."""
