@@ -130,7 +130,7 @@ def _multiply(
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether torch's own products of bfloat16 on this CPU are more than loops, several times slower than float32's."""
+    """Whether torch's own products of bfloat16 on this CPU are more than loops, many times slower than float32's."""
     return _NARROW_ONEDNN
 
 
