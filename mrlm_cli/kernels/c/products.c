@@ -86,8 +86,8 @@ typedef struct {
     float *sums;         /* [rows, COLUMNS] of the units before and of these; NULL: these are all */
 } result;
 
-/* `rows` rows, at most ROWS, times a panel whose first column is `first`; what is `next`, if anything, is fetched
-   meanwhile. `stays`: the panel is of a matrix that stays. */
+/* `rows` rows, at most ROWS, times a panel whose first column is `first`. `stays`: the panel is of a matrix that stays, and
+   `next` is fetched meanwhile. */
 INLINE void block(const factor *a, const char *panel, const char *next, integer units, const result *made, integer first,
                   const int rows, const int vectors, const int narrow, const int stays) {
     const integer size = COLUMNS * PANEL_SIZE(narrow, stays);
@@ -101,7 +101,7 @@ INLINE void block(const factor *a, const char *panel, const char *next, integer 
         for (int row = 0; row < rows; row++) sums[row][part] = start;
     }
     for (integer k = 0; k < units; k++) {
-        if (next)
+        if (stays)
             for (int line = 0; line < size; line += 64) __builtin_prefetch(next + k * size + line, 0, 2);
         numbers theirs[VECTORS];
         for (int part = 0; part < vectors; part++)
@@ -126,16 +126,15 @@ INLINE void block(const factor *a, const char *panel, const char *next, integer 
         }
 }
 
-/* Fewer rows than ROWS, or columns than COLUMNS, by loops of their own. */
+/* Fewer rows than ROWS, or half a panel of them, by loops of their own. */
 INLINE void some_rows(const factor *a, const char *panel, const char *next, integer units, const result *made,
                       integer first, integer rows, const int narrow, const int stays) {
-#define CASE(rows)                                                                          \
-    case rows:                                                                              \
-        if (made->columns - first > WIDTH)                                                  \
-            block(a, panel, next, units, made, first, rows, VECTORS, narrow, stays);        \
-        else                                                                                \
-            block(a, panel, next, units, made, first, rows, 1, narrow, stays);              \
-        break;
+#define CASE(rows)                                                           \
+    case rows: block(a, panel, next, units, made, first, rows, VECTORS, narrow, stays); break;
+    if (rows >= ROWS && made->columns - first <= WIDTH) {
+        block(a, panel, next, units, made, first, ROWS, 1, narrow, stays);
+        return;
+    }
     switch (at_most(rows, ROWS)) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if ROWS == 8
@@ -181,9 +180,9 @@ INLINE void multiply_panels(const laid_out_product *a, integer begin, integer en
         for (integer row = 0; row < a->rows; row += ROWS) {
             const factor x = {(const char *)first + row * units * 4, units * 4, 4};
             const result made = {a->bias, to(a->out, row * a->outputs, narrow), a->outputs, a->outputs, 0, 0, 0, 1, 0};
-            /* Once is enough. */
-            const char *next =
-                row == 0 && (number + 1) * COLUMNS < a->outputs ? from(panel, COLUMNS * a->inputs, narrow) : 0;
+            /* Once is enough; what has been fetched costs little. */
+            const int more_panels = row == 0 && (number + 1) * COLUMNS < a->outputs;
+            const char *next = more_panels ? from(panel, COLUMNS * a->inputs, narrow) : panel;
             some_rows(&x, panel, next, units, &made, number * COLUMNS, a->rows - row, narrow, 1);
         }
     }
