@@ -12,7 +12,7 @@ from mrlm_cli.kernels import attention, between, build, native, products, slots
 from mrlm_cli.kernels.attention import Attention, FusedAttention, Heads, library_for
 from mrlm_cli.kernels.llama import Trunk
 from mrlm_cli.kernels.logprobs import chunked_logprobs
-from mrlm_cli.kernels.low_rank import Matrix
+from mrlm_cli.kernels.low_rank import Adapter, Matrix
 from mrlm_cli.kernels.packing import pack
 from mrlm_cli.kernels.products import FrozenLinear
 from mrlm_cli.training.stage import Stage, settled
@@ -458,19 +458,19 @@ def test_products_are_rounded_once_to_the_nearest_even():
     frozen.load()
     for found in (products.linear(x, weight), products.input_gradient(x, weight.t().contiguous()), frozen(x)):
         assert torch.equal(found, exact)
-    payload = torch.tensor([0x7F80_0001, 0x7FFF_FFFF, 0x7F80_0000, 0x7F7F_FFFF], dtype=torch.int32).view(torch.float32)
-    assert torch.equal(
-        products.linear(payload.bfloat16()[:, None], torch.ones(20, 1).bfloat16()).isnan()[:, 0], payload.isnan()
-    )
+    huge = torch.tensor([[3e38], [-3e38]]).bfloat16()
+    found = products.linear(huge, torch.tensor([[2.0]]).bfloat16())
+    assert found[:, 0].tolist() == [math.inf, -math.inf]
 
 
 def test_where_torch_crawls_in_bfloat16_its_products_are_those_of_float32(monkeypatch):
     native.use(False)
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(native, "multiplies_bfloat16", lambda: False)
     x, weight, offset = (numbers(*shape, dtype=torch.bfloat16) for shape in ((7, 512), (160, 512), (160,)))
     given = numbers(7, 160, seed=1, dtype=torch.bfloat16)
     frozen = FrozenLinear([Matrix(weight)], [offset], torch.bfloat16)
     frozen.load()
+    products_in = types_multiplied(monkeypatch)
     for found, exact in (
         (products.linear(x, weight, offset), x.double() @ weight.double().t() + offset.double()),
         (frozen(x), x.double() @ weight.double().t() + offset.double()),
@@ -478,6 +478,38 @@ def test_where_torch_crawls_in_bfloat16_its_products_are_those_of_float32(monkey
         (products.weight_gradient(given, x), given.double().t() @ x.double()),
     ):
         near(found, exact, torch.bfloat16)
+    assert products_in == [torch.float32] * 4
+
+
+def types_multiplied(monkeypatch):
+    """Filled with the type of every product by torch."""
+    found = []
+    for module, name in ((torch.nn.functional, "linear"), (torch, "addmm")):
+        function = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *given, function=function: found.append(given[0].dtype) or function(*given)
+        )
+    return found
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_where_torch_crawls_in_bfloat16_so_do_no_adapters(monkeypatch, kernels):
+    native.use(kernels)
+    monkeypatch.setattr(native, "multiplies_bfloat16", lambda: False)
+    given = [numbers(*shape, seed=seed).bfloat16() for seed, shape in enumerate([(7, 60), (7, 40), (4, 40), (60, 4)])]
+
+    def added(dtype):
+        product, x, down, up = (each.to(dtype).requires_grad_() for each in given)
+        out = Adapter(down, up, 0.5).add(product, x)
+        out.backward(torch.ones_like(out) / 8)
+        return [out.detach(), *(each.grad for each in (product, x, down, up))]
+
+    exact = added(torch.float64)
+    multiplied = types_multiplied(monkeypatch)
+    for found, expected in zip(added(torch.bfloat16), exact, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - expected).abs().max() <= 2**-6 * expected.abs().max()
+    assert set(multiplied) == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -593,13 +625,13 @@ def test_a_stage_says_where_bfloat16_crawls(monkeypatch):
         with Stage(recipe, (), journal=NoJournal(), check=lambda: None, phase=lambda *_: None) as stage:
             return stage.warnings()
 
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(native, "multiplies_bfloat16", lambda: False)
     assert said(recipe) == []  # of this shape they are not torch's
     monkeypatch.setattr(Trunk, "of", lambda module: None)
     (text,) = said(recipe)
     assert "hardware.precision=float32" in text
     assert said(settled(tiny())) == []
-    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(native, "multiplies_bfloat16", lambda: True)
     assert said(recipe) == []
 
 

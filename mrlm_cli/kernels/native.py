@@ -9,6 +9,7 @@ a sum over items, of which each thread makes a part.
 from __future__ import annotations
 
 import ctypes
+import functools
 from ctypes import c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,17 @@ def on(*tensors: Tensor | None) -> Library | None:
     if _library is None:
         missing()
     return _library
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether torch has fast products of bfloat16 on this CPU."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def crawls(x: Tensor) -> bool:
+    """Whether torch's products of such a tensor are loops, many times slower than float32's."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not multiplies_bfloat16()
 
 
 def run(function: Any, *given: Tensor | float | None, like: Tensor, threads: int) -> None:

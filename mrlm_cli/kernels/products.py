@@ -1,24 +1,26 @@
 """Matrix products of linear layers, each by the fastest way at hand for its type; all true to that type.
 
-On a CPU with vectors of 256 or 512 bits (and without tiles, if in bfloat16) that is a kernel in C, whose sums are in
-one order whatever the number of rows or threads, and which adds gradients of weights in float32 to what is there.
-Elsewhere, and for many rows of float32, it is torch's product, or on CPUs oneDNN's, which multiplies float32 faster
-than torch's default library; the sums are float32 either way.
+On an x86 CPU with AVX2 or AVX-512 (in bfloat16 not where AVX-512 lacks it, or there are tiles for it) that is a kernel
+in C, whose sums are in one order whatever the number of rows or threads, and which adds gradients of weights in float32
+to what is there. Elsewhere, and for many rows of float32, it is torch's product, or on CPUs oneDNN's, which multiplies
+float32 faster than torch's default library; the sums are float32 either way.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mrlm_cli.kernels import native
-from mrlm_cli.kernels.low_rank import Matrix
+
+if TYPE_CHECKING:
+    from mrlm_cli.kernels.low_rank import Matrix
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-_NARROW_ONEDNN = _ONEDNN is not None and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 # Below this many multiplications the call costs more than it gains.
 _SMALLEST = 2**22
 # From so many rows of float32 on it is faster than the kernel.
@@ -129,14 +131,10 @@ def _multiply(
     )
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether torch's own products of bfloat16 on this CPU are more than loops, many times slower than float32's."""
-    return _NARROW_ONEDNN
-
-
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or multiplies_bfloat16():
+    if not native.crawls(x):
         return torch.nn.functional.linear(x, weight, bias)
+    assert weight.dtype == x.dtype
     wide = None if bias is None else bias.float()
     return torch.nn.functional.linear(x.float(), weight.float(), wide).bfloat16()
 
@@ -212,7 +210,8 @@ def _laid_out(weight: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor 
     if (
         _ONEDNN is not None
         and weight.device.type == "cpu"
-        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bfloat16()))
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and not native.crawls(weight)
         and weight.numel() >= _WORTH_LAYING_OUT
     ):
         return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS), _onednn_product

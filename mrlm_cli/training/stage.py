@@ -16,7 +16,7 @@ from mrlm_cli.data import load as data
 from mrlm_cli.engines.base import Engine
 from mrlm_cli.envs.host import Host, Journal
 from mrlm_cli.errors import UserError
-from mrlm_cli.kernels import native, products
+from mrlm_cli.kernels import native
 from mrlm_cli.kernels.llama import Trunk
 from mrlm_cli.policy import load
 from mrlm_cli.recipe.schema import Recipe
@@ -134,10 +134,10 @@ class Stage:
         if not self._hardware.native and (reason := native.refused()):
             found.append(f"torch's operators do the work of the kernels in C, which cannot be had: {reason}")
         narrow = self._hardware.device == "cpu" and self._hardware.precision == "bfloat16"
-        if narrow and not products.multiplies_bfloat16() and Trunk.of(self.policy.lm.base_model) is None:
+        if narrow and not native.multiplies_bfloat16() and Trunk.of(self.policy.lm.base_model) is None:
             found.append(
-                "this processor has no products of bfloat16, and this model's are torch's: "
-                "with hardware.precision=float32 a step is some ten times faster"
+                "this model's products are torch's, which has no fast ones of bfloat16 here: "
+                "with hardware.precision=float32 a step is several times faster"
             )
         return found
 

@@ -69,9 +69,11 @@ def measure_gpu() -> dict[str, float]:
 def peak(precision: str, device: str = "cpu") -> float:
     """GFLOP/s of the fastest product of a precision at hand, on CPUs with the present number of threads."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    ways = [torch.nn.functional.linear]
-    if device == "cpu":
-        ways += [products.linear, _onednn] if precision == "float32" else [products.linear]
+    ways = [products.linear] if device == "cpu" else []
+    if (device, precision) == ("cpu", "float32"):
+        ways.append(_onednn)
+    if device != "cpu" or precision == "float32" or native.multiplies_bfloat16():
+        ways.append(torch.nn.functional.linear)
     return max(_products(dtype, way, device) for way in ways)
 
 

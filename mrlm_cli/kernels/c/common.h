@@ -21,6 +21,9 @@ typedef int64_t integer;
 #elif defined(__AVX__)
 #define LANES 8
 #define VECTOR_REGISTERS 16
+#elif defined(__aarch64__)
+#define LANES 4
+#define VECTOR_REGISTERS 32
 #else
 #define LANES 4
 #define VECTOR_REGISTERS 16

@@ -2,7 +2,7 @@
    its own that no number of rows or threads changes.
 
    A unit is what a processor's product takes at once of each factor: a number in float32, or two of bfloat16 that follow
-   one another. A panel is COLUMNS columns of the second factor, unit by unit, in the order in which they are read: laid
+   one another (where it multiplies such; else one, in float32). A panel is COLUMNS columns of the second factor, unit by unit, in the order in which they are read: laid
    out beforehand where a matrix stays, else by the thread that needs it. */
 #include "common.h"
 
@@ -126,7 +126,7 @@ INLINE void block(const factor *a, const char *panel, const char *next, integer 
         }
 }
 
-/* Fewer rows than ROWS, or half a panel of them, by loops of their own. */
+/* At most ROWS rows; each number of them by a loop of its own, as are ROWS of them times half a panel or less. */
 INLINE void some_rows(const factor *a, const char *panel, const char *next, integer units, const result *made,
                       integer first, integer rows, const int narrow, const int stays) {
 #define CASE(rows)                                                           \

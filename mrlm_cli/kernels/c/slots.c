@@ -30,10 +30,10 @@ INLINE void dots(const float *query, const float *keys, const float *next, float
 /* out[i] = sum over t of chances[i][t] * value t. */
 INLINE void mixed(const float *chances, integer stride, const float *values, const float *next, float *out,
                   integer seen, const integer width, const int count) {
-    const integer most = VECTOR_REGISTERS == 32 ? WIDEST_HEAD / LANES : 4; /* so that sums stay in registers */
+    const integer most = VECTOR_REGISTERS / 4; /* so that sums stay in registers */
     for (integer start = 0; start < width / LANES; start += most) {
         const integer left = width / LANES - start, parts = left < most ? left : most;
-        vector sums[TOGETHER][WIDEST_HEAD / LANES];
+        vector sums[TOGETHER][VECTOR_REGISTERS / 4];
         for (int i = 0; i < count; i++)
             for (integer part = 0; part < parts; part++) sums[i][part] = (vector){0};
         for (integer t = 0; t < seen; t++) {

@@ -21,7 +21,7 @@ INLINE numbers loaded(const void *place, integer left, const int narrow) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(place)), 16));
 }
 
-/* Rounds as `narrowed` does. */
+/* Rounds to the nearest, ties to even. Of numbers of bfloat16 a NaN has no low bits, and stays one. */
 INLINE void stored(void *place, integer left, numbers x, const int narrow) {
     if (left < WIDTH) {
         float some[WIDTH];
@@ -33,10 +33,9 @@ INLINE void stored(void *place, integer left, numbers x, const int narrow) {
         _mm256_storeu_ps(place, x);
         return;
     }
-    const bits exact = (bits)x, none = (bits)((exact & 0x7fffffffu) > 0x7f800000u);
-    const bits rounded = (exact + 0x7fffu + ((exact >> 16) & 1u)) >> 16;
-    const __m256i found = (__m256i)((rounded & ~none) | (((exact >> 16) | 0x40u) & none));
-    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(found, found), 0x08);
+    const bits exact = (bits)x;
+    const __m256i rounded = (__m256i)((exact + 0x7fffu + ((exact >> 16) & 1u)) >> 16);
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
     _mm_storeu_si128(place, _mm256_castsi256_si128(halves));
 }
 
@@ -79,8 +78,8 @@ INLINE void turn(numbers rows[8]) {
     }
 }
 
-/* A panel of a matrix whose rows are the panel's columns: c [columns, inner], of which `columns`, at most COLUMNS, are
-   there; the others are zeros. */
+/* A panel of a matrix whose rows are the panel's columns: c [columns, inner]. Of COLUMNS those that are not there are
+   zeros. */
 static void pack_turned(const char *matrix, integer stride, integer columns, integer inner, unit *panel,
                         const int narrow) {
     for (integer start = 0; start < inner; start += WIDTH)

@@ -87,8 +87,8 @@ INLINE void turn(__m512i rows[16]) {
     }
 }
 
-/* A panel of a matrix whose rows are the panel's columns: c [columns, inner], of which `columns`, at most COLUMNS, are
-   there; the others are zeros. */
+/* A panel of a matrix whose rows are the panel's columns: c [columns, inner]. Of COLUMNS those that are not there are
+   zeros. */
 static void pack_turned(const char *matrix, integer stride, integer columns, integer inner, unit *panel,
                         const int narrow) {
     const integer size = narrow ? 2 : 4, bytes = inner * size, units = (bytes + 3) / 4;
