@@ -88,9 +88,11 @@ def survivors(since: float) -> list[str]:
 def nothing_survives(since: float) -> bool:
     """Whether all are gone after at most 3 seconds: another worker's, orphaned as they are killed, need a moment."""
     until = time.monotonic() + 3
-    while survivors(since) and time.monotonic() < until:
+    while survivors(since):
+        if time.monotonic() > until:
+            return False
         time.sleep(0.05)
-    return not survivors(since)
+    return True
 
 
 @dataclass
