@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mrlm_cli.kernels import native, products
+from mrlm_cli.kernels import native
+from mrlm_cli.kernels.functions import Linear
+from mrlm_cli.kernels.parameters import factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,27 +24,13 @@ class Adapter:
 
     def add(self, product: Tensor, x: Tensor) -> Tensor:
         """product [N,O] = x Wᵀ and x [N,I], both in the compute type -> x (W + scale · up · down)ᵀ [N,O]."""
-        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        up = self.up.to(x.dtype)
         if not native.crawls(x):
-            return torch.addmm(product, nn.functional.linear(x, down) * self.scale, up.t())
-        inner: Tensor = _Linear.apply(x, down)
-        return torch.addmm(product.float(), (inner * self.scale).float(), up.float().t()).to(x.dtype)
-
-
-class _Linear(torch.autograd.Function):
-    """x [N,I], weight [O,I] -> x weightᵀ [N,O], by the fastest products at hand."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return products.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,), (x, weight) = gradients, ctx.saved_tensors
-        of_x = products.input_gradient(gradient, weight) if ctx.needs_input_grad[0] else None
-        of_weight = products.weight_gradient(gradient, x).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return of_x, of_weight
+            inner = nn.functional.linear(x, self.down.to(x.dtype)) * self.scale
+            return torch.addmm(product, inner, up.t())
+        down = factor(x.dtype, self.down)
+        inner = Linear.apply(x, down, *down.parts) * self.scale
+        return torch.addmm(product.float(), inner.float(), up.float().t()).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)

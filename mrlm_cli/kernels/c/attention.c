@@ -14,8 +14,6 @@
 /* Once in the program, for all kinds of work: compiling takes its time. */
 #define OUTLINE static __attribute__((noinline))
 
-INLINE integer up_to(integer count, integer unit) { return (count + unit - 1) / unit * unit; }
-
 /* TALL rows and `parts` vectors of: out[r][c] (+)= sum over i of left[r * down + i * across] * right[i][c]. What is added
    to is added to last: sums of sums err less than one long sum. */
 INLINE void tile(float *out, integer out_stride, const float *left, integer down, integer across, const float *right,
@@ -107,16 +105,6 @@ static room furnished(float *scratch, integer longest, integer width, int backwa
     r.given = scratch, scratch += r.block;
     r.slopes = scratch;
     return r;
-}
-
-INLINE void widen(const void *x, float *out, integer count, const int narrow) {
-#pragma omp simd
-    for (integer i = 0; i < count; i++) out[i] = get(x, i, narrow);
-}
-
-INLINE void store(void *out, const float *x, integer count, const int narrow) {
-#pragma omp simd
-    for (integer i = 0; i < count; i++) put(out, i, x[i], narrow);
 }
 
 INLINE void fetch_numbers(const attention *a, integer node, integer head, float factor, float *out,

@@ -13,6 +13,10 @@
 
 typedef int64_t integer;
 
+INLINE integer at_most(integer number, integer most) { return number < most ? number : most; }
+
+INLINE integer up_to(integer count, integer unit) { return (count + unit - 1) / unit * unit; }
+
 /* Sizes that callers must know too; deal.c exports them. */
 #define WIDEST_HEAD 256 /* numbers of an attention head that there is room for */
 #if defined(__AVX512F__)
@@ -28,7 +32,7 @@ typedef int64_t integer;
 #define LANES 4
 #define VECTOR_REGISTERS 16
 #endif
-#define TOGETHER 3      /* queries that share the reading of a key in a decoding step */
+#define TOGETHER 3 /* queries that share the reading of a key in a decoding step */
 
 /* Of more than the processor has, compilers make many small moves. */
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -74,6 +78,17 @@ INLINE void put(void *numbers, integer index, float number, const int narrow) {
         ((uint16_t *)numbers)[index] = narrowed(number);
     else
         ((float *)numbers)[index] = number;
+}
+
+/* `count` numbers of type c in float32, and back. */
+INLINE void widen(const void *x, float *out, integer count, const int narrow) {
+#pragma omp simd
+    for (integer i = 0; i < count; i++) out[i] = get(x, i, narrow);
+}
+
+INLINE void store(void *out, const float *x, integer count, const int narrow) {
+#pragma omp simd
+    for (integer i = 0; i < count; i++) put(out, i, x[i], narrow);
 }
 
 /* Where item `index` of an array of type c lies. */

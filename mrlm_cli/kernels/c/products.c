@@ -2,8 +2,9 @@
    its own that no number of rows or threads changes.
 
    A unit is what a processor's product takes at once of each factor: a number in float32, or two of bfloat16 that follow
-   one another (where it multiplies such; else one, in float32). A panel is COLUMNS columns of the second factor, unit by unit, in the order in which they are read: laid
-   out beforehand where a matrix stays, else by the thread that needs it. */
+   one another (where it multiplies such; else one, in float32). A panel is COLUMNS columns of the second factor, unit by
+   unit, in the order in which they are read: laid out beforehand where a matrix stays, else by the thread that needs
+   it. */
 #include "common.h"
 
 #define VECTORS 2
@@ -16,7 +17,7 @@
 
 typedef uint32_t unit;
 
-static integer at_most(integer number, integer most) { return number < most ? number : most; }
+static integer units_of(integer inner, int narrow);
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define WIDE_PRODUCTS 1
@@ -45,7 +46,7 @@ int can_multiply(int narrow) { return narrow ? NARROW_PRODUCTS : WIDE_PRODUCTS; 
 /* Numbers in a unit. */
 INLINE integer per_unit(int narrow) { return narrow ? PAIR : 1; }
 
-INLINE integer units_of(integer inner, int narrow) { return (inner + per_unit(narrow) - 1) / per_unit(narrow); }
+static integer units_of(integer inner, int narrow) { return (inner + per_unit(narrow) - 1) / per_unit(narrow); }
 
 /* Whether the first factor is laid out before it is multiplied: where its units are not to be had by reading it. */
 static int laid_out_first(integer form, int narrow) { return form == TURNED_FIRST || (narrow && PAIR == 1); }
@@ -60,7 +61,7 @@ static integer own_scratch(integer inner, int narrow) {
 integer product_scratch(integer rows, integer inner, integer form, int narrow, int threads) {
     const integer own = own_scratch(inner, narrow) * threads, units = units_of(inner, narrow);
     if (!laid_out_first(form, narrow)) return own;
-    return own + at_most((rows + ACROSS - 1) / ACROSS * ACROSS, SLAB) *
+    return own + at_most(up_to(rows, ACROSS), SLAB) *
                      (form == TURNED_FIRST ? at_most(units, DEPTH) : units);
 }
 
@@ -302,21 +303,18 @@ static void lay_out_turned_narrow(const void *a, integer begin, integer end, int
     lay_out_turned(a, begin, end, 1);
 }
 
-/* x bfloat16 [count, inner], whose rows lie x_stride apart -> float32. */
+/* x bfloat16 [count, inner], whose rows lie `stride` apart -> float32. */
 typedef struct {
     const char *x;
-    unit *out;
+    float *out;
     integer inner, stride;
 } widening;
 
 static void widen_rows(const void *given, integer begin, integer end, int thread) {
     (void)thread;
     const widening *a = given;
-    for (integer row = begin; row < end; row++) {
-        const uint16_t *x = from(a->x, row * a->stride, 1);
-        unit *out = a->out + row * a->inner;
-        for (integer k = 0; k < a->inner; k++) out[k] = (unit)x[k] << 16;
-    }
+    for (integer row = begin; row < end; row++)
+        widen(from(a->x, row * a->stride, 1), a->out + row * a->inner, a->inner, 1);
 }
 #endif
 
@@ -373,7 +371,7 @@ void product(const void *x, const void *y, const void *bias, void *out, void *sc
             if (turned) {
                 deal(narrow ? lay_out_turned_narrow : lay_out_turned_wide, &a, (a.rows + ACROSS - 1) / ACROSS, threads);
             } else {
-                widening first = {a.x, a.laid_out, inner, x_stride};
+                widening first = {a.x, (float *)a.laid_out, inner, x_stride};
                 deal(widen_rows, &first, a.rows, threads);
             }
             do_product(a, narrow, threads);

@@ -83,8 +83,7 @@ INLINE void step_heads(const step *a, integer begin, integer end, int thread, co
         rotated(from(projected, (a->heads + head) * width, narrow), cos, sin, 1.0f, 1.0f, keys + position * width,
                 width / 2, narrow);
         const void *value = from(projected, (a->heads + a->kv_heads + head) * width, narrow);
-#pragma omp simd
-        for (integer i = 0; i < width; i++) values[position * width + i] = get(value, i, narrow);
+        widen(value, values + position * width, width, narrow);
         for (integer first = 0; first < group; first += TOGETHER) {
             const int count = group - first < TOGETHER ? (int)(group - first) : TOGETHER;
             float query[TOGETHER * WIDEST_HEAD], out[TOGETHER * WIDEST_HEAD];
@@ -98,9 +97,7 @@ INLINE void step_heads(const step *a, integer begin, integer end, int thread, co
                 attend(query, keys, values, then, scores, out, a->capacity, position + 1, width, 2);
             else
                 attend(query, keys, values, then, scores, out, a->capacity, position + 1, width, 3);
-            void *place = to(a->out, (row * a->heads + head * group + first) * width, narrow);
-#pragma omp simd
-            for (integer i = 0; i < count * width; i++) put(place, i, out[i], narrow);
+            store(to(a->out, (row * a->heads + head * group + first) * width, narrow), out, count * width, narrow);
         }
     }
 }

@@ -91,7 +91,7 @@ INLINE void turn(__m512i rows[16]) {
    zeros. */
 static void pack_turned(const char *matrix, integer stride, integer columns, integer inner, unit *panel,
                         const int narrow) {
-    const integer size = narrow ? 2 : 4, bytes = inner * size, units = (bytes + 3) / 4;
+    const integer size = narrow ? 2 : 4, bytes = inner * size, units = units_of(inner, narrow);
     for (integer start = 0; start < units; start += 16) {
         const integer count = at_most(units - start, 16), left = bytes - start * 4;
         const __mmask64 there = left >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << left) - 1;
@@ -152,7 +152,7 @@ static void pack_straight(const char *matrix, integer stride, integer columns, i
 /* The same in panels of ROWS columns, ACROSS of them together. */
 static void pack_blocks(const char *matrix, integer stride, integer columns, integer inner, unit *panels,
                         const int narrow) {
-    pack_columns(matrix, stride, columns, inner, panels, ROWS, ROWS * (narrow ? (inner + 1) / 2 : inner), narrow);
+    pack_columns(matrix, stride, columns, inner, panels, ROWS, ROWS * units_of(inner, narrow), narrow);
 }
 
 /* A panel of a matrix that stays, of `columns` rows. */
